@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv (see environment.sh), then lint, types, tests. Arguments go to pytest: scripts/test.sh tests/generator
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+ruff check .
+mypy lightseq_fairseq/{config.py,model_file,export,generator,inference.py}
+exec python -m pytest "$@"
