@@ -1,0 +1,113 @@
+"""Token and position embeddings with fairseq's parameter names and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightseq_fairseq import ops
+
+
+def token_embedding(num_embeddings: int, embed_dim: int, pad: int) -> nn.Embedding:
+    """Normal(0, embed_dim ** -0.5) rows, the padding row zero (fairseq's initialisation)."""
+    embedding = nn.Embedding(num_embeddings, embed_dim, padding_idx=pad)
+    nn.init.normal_(embedding.weight, mean=0, std=embed_dim**-0.5)
+    nn.init.zeros_(embedding.weight[pad])
+    return embedding
+
+
+def sinusoidal_table(num_embeddings: int, embed_dim: int, pad: int) -> Tensor:
+    """(num_embeddings, embed_dim) fp32: sines in the first half, cosines in the second, row ``pad`` zero.
+
+    Frequencies 10000 ** (-i / (half - 1)), as tensor2tensor has them: a slight departure from Vaswani et al. 2017
+    section 3.5. An odd width ends in a zero column.
+    """
+    half = embed_dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float) * -(math.log(10000) / (half - 1)))
+    angles = torch.arange(num_embeddings, dtype=torch.float)[:, None] * frequencies
+    table = torch.cat((angles.sin(), angles.cos()), dim=1)
+    if embed_dim % 2:
+        table = torch.cat((table, torch.zeros(num_embeddings, 1)), dim=1)
+    table[pad] = 0
+    return table
+
+
+class PositionalEmbedding(nn.Module):
+    """A table whose row ``pad + 1 + i`` belongs to the i-th token of a sentence.
+
+    ``learned`` tables are the parameter ``weight`` (max_positions + pad + 1, C); sinusoidal ones are a constant that
+    grows when a longer sentence comes, and leave nothing in a checkpoint.
+    """
+
+    def __init__(self, max_positions: int, embed_dim: int, pad: int, learned: bool) -> None:
+        super().__init__()
+        self.pad, self.learned, self.embed_dim = pad, learned, embed_dim
+        rows = max_positions + pad + 1
+        self.max_positions = max_positions if learned else 100_000
+        if learned:
+            self.weight = nn.Parameter(torch.empty(rows, embed_dim).normal_())  # nn.Embedding's own draw comes first
+            nn.init.normal_(self.weight, mean=0, std=embed_dim**-0.5)
+            nn.init.zeros_(self.weight[pad])
+        else:
+            self.register_buffer("table", sinusoidal_table(rows, embed_dim, pad), persistent=False)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Row numbers of ``positions`` (N,) counted from 0."""
+        return positions + (self.pad + 1)
+
+    def upto(self, length: int) -> Tensor:
+        """The table, (P, C), made long enough for sentences of ``length`` tokens; ValueError past a learned one."""
+        if self.learned:
+            if length > self.max_positions:
+                raise ValueError(f"positions: a sentence of {length} tokens is longer than the {self.max_positions} "
+                                 "learned positions of this model; shorten it or split it")
+            return self.weight
+        needed = self.pad + 1 + length
+        if needed > self.table.size(0):
+            self.table = sinusoidal_table(max(needed, 2 * self.table.size(0)), self.embed_dim, self.pad).to(self.table)
+        return self.table
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._drop_constants(state_dict, prefix, ("weights", "_float_tensor"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def _drop_constants(state_dict: dict[str, Any], prefix: str, names: Iterable[str]) -> None:
+        """Older fairseq checkpoints hold a sinusoidal table or a marker of its device."""
+        for name in names:
+            state_dict.pop(prefix + name, None)
+
+
+class EmbeddingStack(nn.Module):
+    """What encoder and decoder do before their first layer; a mixin that creates no parameters of its own.
+
+    Uses embed_tokens, embed_scale, project_in_dim (decoder), embed_positions and layernorm_embedding.
+    """
+
+    embed_tokens: nn.Embedding
+    embed_scale: float
+    embed_positions: PositionalEmbedding | None
+    layernorm_embedding: nn.Module | None
+    project_in_dim: nn.Module | None = None
+
+    def embed(self, tokens: Tensor, positions: Tensor, width: int, token_embeddings: Tensor | None = None) -> Tensor:
+        """(N,) tokens at ``positions`` (N,) in sentences of at most ``width`` tokens -> (N, C), dropout not applied.
+
+        ``token_embeddings`` (N, C) takes the place of the table look-up.
+        """
+        table = rows = None
+        if self.embed_positions is not None:
+            table, rows = self.embed_positions.upto(width), self.embed_positions.rows(positions)
+        if token_embeddings is None and self.project_in_dim is None:
+            pad = self.embed_tokens.padding_idx
+            assert pad is not None
+            x = ops.embedding(tokens, self.embed_tokens.weight, self.embed_scale, pad, rows, table)
+        else:
+            x = (self.embed_tokens(tokens) if token_embeddings is None else token_embeddings) * self.embed_scale
+            x = x if self.project_in_dim is None else self.project_in_dim(x)
+            x = x if table is None else x + table[rows].type_as(x)
+        return x if self.layernorm_embedding is None else self.layernorm_embedding(x)

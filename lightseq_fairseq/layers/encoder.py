@@ -1,0 +1,82 @@
+"""Transformer encoder over packed tokens; parameters are named and ordered as fairseq's TransformerEncoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightseq_fairseq.config import TransformerConfig
+from lightseq_fairseq.layers.attention import MultiheadAttention
+from lightseq_fairseq.layers.embedding import EmbeddingStack, PositionalEmbedding
+from lightseq_fairseq.layers.feed_forward import LayerNorm, ResidualBlock
+from lightseq_fairseq.layers.packing import Packing
+
+WrapLayer = Callable[[nn.Module], nn.Module]
+
+
+class TransformerEncoderLayer(ResidualBlock):
+    """Self-attention and feed-forward, each in a residual."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.activation_fn, config.encoder_normalize_before, config.dropout,
+                         config.activation_dropout)
+        dim = config.encoder_embed_dim
+        self.self_attn = MultiheadAttention(dim, config.encoder_attention_heads, dropout=config.attention_dropout)
+        self.self_attn_layer_norm = LayerNorm(dim, eps=config.layer_norm_eps)
+        self.add_feed_forward(dim, config.encoder_ffn_embed_dim, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(N, C) -> (N, C)."""
+        x = self.residual(lambda y: self.self_attn(y, packing), self.self_attn_layer_norm, x)
+        return self.residual(self.feed_forward, self.final_layer_norm, x)
+
+
+def drop_layers(layers: nn.ModuleList, p: float, training: bool) -> list[nn.Module]:
+    """The layers that run this time: all, or each with probability 1 - p in training (Fan et al. 2019).
+
+    Draws what fairseq's LayerDropModuleList draws, so that one seed drops the same layers.
+    """
+    if p <= 0:
+        return list(layers)
+    draws = torch.empty(len(layers)).uniform_()
+    return [layer for layer, draw in zip(layers, draws.tolist(), strict=True) if not training or draw > p]
+
+
+class TransformerEncoder(EmbeddingStack):
+    """Embedding, ``config.encoder_layers`` layers, final norm where the layers are pre-LN."""
+
+    def __init__(self, config: TransformerConfig, embed_tokens: nn.Embedding, wrap_layer: WrapLayer | None = None,
+                 **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.config = config
+        dim = config.encoder_embed_dim
+        self.embed_tokens = embed_tokens
+        self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(dim)
+        self.embed_positions = (
+            None if config.encoder_positions == "none" else
+            PositionalEmbedding(config.max_source_positions, dim, config.pad, config.encoder_positions == "learned"))
+        self.layernorm_embedding = LayerNorm(dim, eps=config.layer_norm_eps) if config.layernorm_embedding else None
+        wrap = wrap_layer or (lambda layer: layer)
+        self.layers = nn.ModuleList(wrap(TransformerEncoderLayer(config)) for _ in range(config.encoder_layers))
+        self.layer_norm = LayerNorm(dim, eps=config.layer_norm_eps) if config.encoder_normalize_before else None
+
+    def encode(self, tokens: Tensor, packing: Packing, token_embeddings: Tensor | None = None,
+               states: list[Tensor] | None = None) -> Tensor:
+        """Packed ``tokens`` (N,) int64 -> (N, C).
+
+        ``token_embeddings`` (N, C) takes the place of the look-up. ``states`` collects the input of the first layer
+        and the output of each, as fairseq's ``return_all_hiddens`` does.
+        """
+        x = self.embed(tokens, packing.positions, packing.width, token_embeddings)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if states is not None:
+            states.append(x)
+        for layer in drop_layers(self.layers, self.config.encoder_layerdrop, self.training):
+            x = layer(x, packing)
+            if states is not None:
+                states.append(x)
+        return x if self.layer_norm is None else self.layer_norm(x)

@@ -1,0 +1,11 @@
+"""What fairseq sees of us: models, criterion and optimizer under ``ls_`` names. Imported once, it registers them."""
+
+from lightseq_fairseq import fairseq_compat
+
+fairseq_compat.apply()
+
+from lightseq_fairseq.plugin import (  # noqa: E402  the mending comes first
+    ls_transformer,
+)
+
+__all__ = ["ls_transformer"]
