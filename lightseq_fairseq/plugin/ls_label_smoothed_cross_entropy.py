@@ -1,0 +1,57 @@
+"""``--criterion ls_label_smoothed_cross_entropy``: fairseq's label-smoothed loss over one fused operator.
+
+Options, values and log lines are those of ``label_smoothed_cross_entropy``; it serves every fairseq model. A model
+with ``supports_packed_output`` is asked for its logits at real tokens only, so that pads cost no projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+    label_smoothed_nll_loss,
+)
+from torch import Tensor
+
+from lightseq_fairseq.fairseq_compat import recorded_as
+from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
+
+
+@recorded_as(LabelSmoothedCrossEntropyCriterion)
+@register_criterion("ls_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
+class LSLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
+    """fairseq's criterion; only where logits come from and how the loss is computed differ."""
+
+    def forward(self, model: torch.nn.Module, sample: dict[str, Any],
+                reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
+        """Loss summed over tokens (one for each token unless ``reduce``), sample size, values to log."""
+        logits, targets = self.logits_and_targets(model, sample)
+        if reduce:
+            loss, nll_loss = label_smoothed_cross_entropy(logits, targets, self.eps, self.padding_idx)
+        else:
+            loss, nll_loss = label_smoothed_nll_loss(torch.log_softmax(logits, -1, dtype=torch.float32), targets,
+                                                     self.eps, ignore_index=self.padding_idx, reduce=False)
+        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {"loss": loss.detach(), "nll_loss": nll_loss.detach(), "ntokens": sample["ntokens"],
+                          "nsentences": sample["target"].size(0), "sample_size": sample_size}
+        if self.report_accuracy:
+            counted = targets != self.padding_idx
+            logging_output["n_correct"] = ((logits.argmax(-1) == targets) & counted).sum()
+            logging_output["total"] = counted.sum()
+        return loss, sample_size, logging_output
+
+    def logits_and_targets(self, model: torch.nn.Module, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(N, V) logits and (N,) targets; N counts real tokens of a packed model, else all B * T positions."""
+        if not getattr(model, "supports_packed_output", False):
+            # log-probabilities are logits of the same distribution, and all that every model can give
+            return self.get_lprobs_and_target(model, model(**sample["net_input"]), sample)
+        logits, _ = model(**sample["net_input"], packed_output=True)
+        targets = sample["target"]
+        if self.ignore_prefix_size > 0:
+            position = torch.arange(targets.size(1), device=targets.device)
+            targets = targets.masked_fill(position < self.ignore_prefix_size, self.padding_idx)
+        return logits, targets[sample["net_input"]["prev_output_tokens"] != self.padding_idx]  # (B, T) -> (N,)
