@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,47 +38,48 @@ def sinusoidal_table(num_embeddings: int, embed_dim: int, pad: int) -> Tensor:
 class PositionalEmbedding(nn.Module):
     """A table whose row ``pad + 1 + i`` belongs to the i-th token of a sentence.
 
-    ``learned`` tables are the parameter ``weight`` (max_positions + pad + 1, C); sinusoidal ones are a constant that
-    grows when a longer sentence comes, and leave nothing in a checkpoint.
+    ``learned`` tables are the parameter ``weight`` (max_positions + pad + 1, C); sinusoidal ones are made when first
+    needed, grow when a longer sentence comes, and leave nothing in a checkpoint.
     """
+
+    table: Tensor | None
 
     def __init__(self, max_positions: int, embed_dim: int, pad: int, learned: bool) -> None:
         super().__init__()
         self.pad, self.learned, self.embed_dim = pad, learned, embed_dim
-        rows = max_positions + pad + 1
+        self.initial_rows = max_positions + pad + 1
         self.max_positions = max_positions if learned else 100_000
         if learned:
-            self.weight = nn.Parameter(torch.empty(rows, embed_dim).normal_())  # nn.Embedding's own draw comes first
+            self.weight = nn.Parameter(torch.empty(self.initial_rows, embed_dim).normal_())  # nn.Embedding's own draw
             nn.init.normal_(self.weight, mean=0, std=embed_dim**-0.5)
             nn.init.zeros_(self.weight[pad])
         else:
-            self.register_buffer("table", sinusoidal_table(rows, embed_dim, pad), persistent=False)
+            self.register_buffer("table", None, persistent=False)
 
     def rows(self, positions: Tensor) -> Tensor:
         """Row numbers of ``positions`` (N,) counted from 0."""
         return positions + (self.pad + 1)
 
-    def upto(self, length: int) -> Tensor:
-        """The table, (P, C), made long enough for sentences of ``length`` tokens; ValueError past a learned one."""
+    def upto(self, length: int, like: Tensor) -> Tensor:
+        """The table (P, C) on the device and in the dtype of ``like``, long enough for sentences of ``length`` tokens.
+
+        ValueError past the end of a learned one.
+        """
         if self.learned:
             if length > self.max_positions:
                 raise ValueError(f"positions: a sentence of {length} tokens is longer than the {self.max_positions} "
                                  "learned positions of this model; shorten it or split it")
             return self.weight
-        needed = self.pad + 1 + length
-        if needed > self.table.size(0):
-            self.table = sinusoidal_table(max(needed, 2 * self.table.size(0)), self.embed_dim, self.pad).to(self.table)
-        return self.table
+        table, needed = self.table, self.pad + 1 + length
+        if table is None or table.size(0) < needed or table.dtype != like.dtype or table.device != like.device:
+            rows = self.initial_rows if needed <= self.initial_rows else 2 * needed
+            table = self.table = sinusoidal_table(rows, self.embed_dim, self.pad).to(like)
+        return table
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._drop_constants(state_dict, prefix, ("weights", "_float_tensor"))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @staticmethod
-    def _drop_constants(state_dict: dict[str, Any], prefix: str, names: Iterable[str]) -> None:
-        """Older fairseq checkpoints hold a sinusoidal table or a marker of its device."""
-        for name in names:
+        for name in ("weights", "_float_tensor"):  # older fairseq checkpoints: a sinusoidal table, a device marker
             state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class EmbeddingStack(nn.Module):
@@ -101,7 +101,8 @@ class EmbeddingStack(nn.Module):
         """
         table = rows = None
         if self.embed_positions is not None:
-            table, rows = self.embed_positions.upto(width), self.embed_positions.rows(positions)
+            table = self.embed_positions.upto(width, self.embed_tokens.weight)
+            rows = self.embed_positions.rows(positions)
         if token_embeddings is None and self.project_in_dim is None:
             pad = self.embed_tokens.padding_idx
             assert pad is not None

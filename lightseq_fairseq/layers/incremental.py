@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightseq_fairseq.layers.attention import MultiheadAttention
 from lightseq_fairseq.layers.decoder import TransformerDecoder, TransformerDecoderLayer
-from lightseq_fairseq.layers.feed_forward import LayerNorm
+from lightseq_fairseq.layers.inference import InferenceNorm, fused_qkv, scaled_query
 from lightseq_fairseq.layers.packing import Packing
 from lightseq_fairseq.ops import InferenceLinear
 
@@ -25,40 +24,23 @@ _FIRST_CAPACITY = 32
 """Steps a cache has room for at first; it doubles when full."""
 
 
-def _scaled_query(attention: MultiheadAttention) -> tuple[Tensor, Tensor]:
-    """Query weight and bias with the factor D ** -0.5 of the scores folded in."""
-    scale = attention.head_dim**-0.5
-    return attention.q_proj.weight * scale, attention.q_proj.bias * scale
-
-
-class _Norm:
-    def __init__(self, norm: LayerNorm) -> None:
-        self.shape, self.weight, self.bias, self.eps = norm.weight.shape, norm.weight, norm.bias, norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.native_layer_norm(x, self.shape, self.weight, self.bias, self.eps)[0]
-
-
-class _FusedLayer:
+class _DecoderLayer:
     """One decoder layer with q, k, v as one GEMM and bias and activation inside the GEMMs."""
 
     def __init__(self, layer: TransformerDecoderLayer) -> None:
         attention = layer.self_attn
         self.heads, self.head_dim, self.width = attention.num_heads, attention.head_dim, attention.embed_dim
         self.normalize_before = layer.normalize_before
-        q, q_bias = _scaled_query(attention)
-        self.qkv = InferenceLinear(torch.cat((q, attention.k_proj.weight, attention.v_proj.weight)),
-                                   torch.cat((q_bias, attention.k_proj.bias, attention.v_proj.bias)))
-        self.out = InferenceLinear(attention.out_proj.weight, attention.out_proj.bias)
-        self.self_norm = _Norm(layer.self_attn_layer_norm)
+        self.qkv, self.out = fused_qkv(attention), InferenceLinear(attention.out_proj.weight, attention.out_proj.bias)
+        self.self_norm = InferenceNorm(layer.self_attn_layer_norm)
         self.cross_q: InferenceLinear | None = None
         if layer.encoder_attn is not None and layer.encoder_attn_layer_norm is not None:
-            self.cross_q = InferenceLinear(*_scaled_query(layer.encoder_attn))
+            self.cross_q = InferenceLinear(*scaled_query(layer.encoder_attn))
             self.cross_out = InferenceLinear(layer.encoder_attn.out_proj.weight, layer.encoder_attn.out_proj.bias)
-            self.cross_norm = _Norm(layer.encoder_attn_layer_norm)
+            self.cross_norm = InferenceNorm(layer.encoder_attn_layer_norm)
         self.fc1 = InferenceLinear(layer.fc1.weight, layer.fc1.bias, layer.activation)
         self.fc2 = InferenceLinear(layer.fc2.weight, layer.fc2.bias)
-        self.final_norm = _Norm(layer.final_layer_norm)
+        self.final_norm = InferenceNorm(layer.final_layer_norm)
 
     def step(self, x: Tensor, state: IncrementalState, index: int) -> Tensor:
         """(B * K', C) -> (B * K', C), writing this token's keys and values into ``state``."""
@@ -95,7 +77,7 @@ class IncrementalDecoder:
     def __init__(self, decoder: TransformerDecoder) -> None:
         self.config = decoder.config
         layers: list[TransformerDecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
-        self.layers = [_FusedLayer(layer) for layer in layers]
+        self.layers = [_DecoderLayer(layer) for layer in layers]
         self.decoder = decoder
         cross = [layer.encoder_attn for layer in layers if layer.encoder_attn is not None]
         self.cross_kv = InferenceLinear(
@@ -137,8 +119,8 @@ class IncrementalDecoder:
         x = self.embeddings[tokens]
         x = x if decoder.project_in_dim is None else decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            table = decoder.embed_positions.upto(position + 1)
-            x = x + table[decoder.embed_positions.pad + 1 + position].to(x.dtype)
+            table = decoder.embed_positions.upto(position + 1, self.embeddings)
+            x = x + table[decoder.embed_positions.pad + 1 + position]
         return x if decoder.layernorm_embedding is None else decoder.layernorm_embedding(x)
 
 

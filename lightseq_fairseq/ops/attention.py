@@ -3,7 +3,8 @@
     q, o           (Nq, H, D)    tokens of all sentences one after the other, no padding between them
     k, v           (Nk, H, D)
     cu_seqlens_q   (B + 1,) int32 or int64: sentence b owns rows cu_seqlens_q[b]:cu_seqlens_q[b+1] of q; _k likewise
-    max_len_q/_k   an upper bound of the lengths; scale = D ** -0.5
+    max_len_q/_k   an upper bound of the lengths
+    scale          D ** -0.5 unless given
 
 ``causal`` aligns the last query with the last key: query i of a sentence sees keys j <= i + (len_k - len_q), so
 that keys in front of the queries (an encoder's, or a cache's) are seen by all.
@@ -18,14 +19,14 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_len_q: int,
-              max_len_k: int, causal: bool = False, dropout_p: float = 0.0) -> Tensor:
+              max_len_k: int, causal: bool = False, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
     """Multi-head attention of packed sentences, (Nq, H, D); see the head of this file."""
     q_rows, q_valid = _padded_rows(cu_seqlens_q, max_len_q, q.size(0))
     k_rows, k_valid = _padded_rows(cu_seqlens_k, max_len_k, k.size(0))
     mask = _attention_mask(cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k, k_valid, causal)
     out = F.scaled_dot_product_attention(
         _pad_heads(q, q_rows, max_len_q), _pad_heads(k, k_rows, max_len_k), _pad_heads(v, k_rows, max_len_k),
-        attn_mask=mask, dropout_p=dropout_p)
+        attn_mask=mask, dropout_p=dropout_p, scale=scale)
     out = out.transpose(1, 2).flatten(0, 1)  # (B, H, Tq, D) -> (B * Tq, H, D)
     return out if q_valid is None else out[q_valid.flatten()]
 
