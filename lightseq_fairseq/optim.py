@@ -15,16 +15,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
-    """Moments are kept in fp32, whatever the parameter is; in fp64 for fp64."""
+    """Moments and norms are kept in fp32, whatever the parameter is; in fp64 for fp64."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def gradient_norm(grads: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all ``grads`` together, a 0-dim fp32 tensor; one kernel for each device."""
-    by_device = defaultdict(list)
+    """The 2-norm over all ``grads`` together, a 0-dim fp32 tensor; one kernel for each device and dtype."""
+    alike = defaultdict(list)
     for grad in grads:
-        by_device[grad.device].append(grad)
-    norms = [norm for same in by_device.values() for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
+        alike[grad.device, grad.dtype].append(grad)
+    norms = [norm.float() for same in alike.values()
+             for norm in torch._foreach_norm(same, 2, dtype=moment_dtype(same[0]))]
     if not norms:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
