@@ -46,18 +46,18 @@ class _DecoderLayer:
         """(B * K', C) -> (B * K', C), writing this token's keys and values into ``state``."""
         pre = self.normalize_before
         qkv = self.qkv(self.self_norm(x) if pre else x)
-        q, k, v = qkv.view(state.batch, -1, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, K', D) each
-        keys, values = state.append(index, k, v)
-        x = x + self.out(self._attend(q, keys, values, state.self_mask))
+        qkv = qkv.view(state.batch, -1, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, K', D)
+        keys, values = state.append(index, qkv[1:])
+        x = self.out.add(self._attend(qkv[0], keys, values, state.self_mask), x)
         x = x if pre else self.self_norm(x)
-        if self.cross_q is not None and state.cross_keys:
+        if self.cross_q is not None and state.cross:
             q = self._heads(self.cross_q(self.cross_norm(x) if pre else x), state.batch)
             if state.attention_layer == index:
                 state.note_attention(q)
-            x = x + self.cross_out(self._attend(q, state.cross_keys[index], state.cross_values[index],
-                                                state.source_mask))
+            keys, values = state.cross[index]
+            x = self.cross_out.add(self._attend(q, keys, values, state.source_mask), x)
             x = x if pre else self.cross_norm(x)
-        x = x + self.fc2(self.fc1(self.final_norm(x) if pre else x))
+        x = self.fc2.add(self.fc1(self.final_norm(x) if pre else x), x)
         return x if pre else self.final_norm(x)
 
     def _heads(self, x: Tensor, batch: int) -> Tensor:
@@ -125,132 +125,102 @@ class IncrementalDecoder:
 
 
 class IncrementalState:
-    """Keys, values and ancestry of one batch of B sentences with up to K beams each."""
+    """Keys, values and ancestry of one batch of B sentences with up to K beams each.
+
+    ``slabs`` hold self-attention keys and values, (2, B, H, capacity, D) a layer; slot ``prefix + t * K + k`` is the
+    token that beam k was fed at step t. ``self_mask`` (B, 1, K', L) is 0 on the slots of a beam's own history and
+    -inf elsewhere; following a parent means copying its row of the mask.
+    """
 
     def __init__(self, model: IncrementalDecoder, batch: int, beam: int) -> None:
-        self.model, self.batch, self.beam, self.steps = model, batch, beam, 0
-        self.fed = 0
-        self.capacity = 0
-        self.prefix = 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.cross_keys: list[Tensor] = []
-        self.cross_values: list[Tensor] = []
-        self.source_mask: Tensor | None = None
-        self.prefix_mask: Tensor | None = None
+        self.model, self.batch, self.beam = model, batch, beam
+        self.steps = self.fed = self.capacity = self.prefix = 0
+        self.slabs: list[Tensor] = []
+        self.cross: list[Tensor] = []  # (2, B, H, S, D) a layer
+        self.source_mask: Tensor | None = None  # (B, 1, 1, S), None without padding
         self.self_mask: Tensor | None = None
-        self.ancestors: Tensor | None = None
         self.attention: Tensor | None = None
         self.attention_layer: int | None = None
         weight = model.embeddings
-        self.options = {"dtype": weight.dtype, "device": weight.device}
+        self.dtype, self.device = weight.dtype, weight.device
+        own = torch.full((beam, beam), float("-inf"), dtype=self.dtype, device=self.device)
+        self.own_slots = own.fill_diagonal_(0.0).view(1, 1, beam, beam)
 
     def attend_to(self, source: Tensor, packing: Packing) -> None:
         """Project the encoder's output (M, K) once, for all layers and all beams."""
+        packing = packing.flush_left()
         if packing.rows is not None:
-            real = torch.arange(packing.width, device=source.device) < packing.cu_seqlens.diff()[:, None]
-            self.source_mask = torch.zeros(real.shape, **self.options).masked_fill_(~real, float("-inf"))
-            self.source_mask = self.source_mask[:, None, None, :]  # (B, 1, 1, S)
-            right = torch.arange(packing.width, device=source.device).expand_as(real)[real]
-            sentence = torch.arange(packing.batch, device=source.device)[:, None].expand_as(real)[real]
-            packing = Packing(sentence * packing.width + right, packing.cu_seqlens, right, packing.batch, packing.width)
+            mask = source.new_full((packing.batch * packing.width,), float("-inf"))
+            self.source_mask = mask.index_fill_(0, packing.rows, 0.0).view(packing.batch, 1, 1, packing.width)
         if self.model.cross_kv is not None:
-            self.cross_keys, self.cross_values = self._project(self.model.cross_kv, source, packing)
+            self.cross = self._project(self.model.cross_kv, source, packing)
         if self.model.prefix_kv is not None:
-            self.keys, self.values = self._project(self.model.prefix_kv, source, packing)
+            self.slabs = self._project(self.model.prefix_kv, source, packing)
             self.prefix = self.capacity = packing.width
-            self.prefix_mask = self.source_mask
+            seen = source.new_zeros(1) if self.source_mask is None else self.source_mask
+            self.self_mask = seen.expand(self.batch, 1, 1, self.prefix)
 
-    def _project(self, projection: InferenceLinear, source: Tensor, packing: Packing
-                 ) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every layer, each (B, H, S, D)."""
+    def _project(self, projection: InferenceLinear, source: Tensor, packing: Packing) -> list[Tensor]:
+        """Keys and values of every layer, each (2, B, H, S, D)."""
         layers = self.model.layers
         padded = packing.unpack(projection(source))  # (B, S, layers * 2 * C)
         padded = padded.view(*padded.shape[:2], len(layers), 2, layers[0].heads, layers[0].head_dim)
-        both = padded.permute(2, 3, 0, 4, 1, 5).contiguous()
-        return list(both[:, 0]), list(both[:, 1])
+        return list(padded.permute(2, 3, 0, 4, 1, 5).contiguous())
 
     def advance(self, fed: int, attention_layer: int | None) -> None:
-        """Make room for one more token of ``fed`` beams and bring the masks up to date."""
+        """Make room for one more token of ``fed`` beams and let each see its own."""
         if self.prefix + (self.steps + 1) * self.beam > self.capacity:
             self._grow()
         self.fed, self.attention_layer, self.attention = fed, attention_layer, None
-        own = torch.arange(fed, device=self.options["device"]).expand(self.batch, fed)[:, :, None]
-        if self.ancestors is None:
-            self.ancestors = own
-        else:
-            self.ancestors = torch.cat((self.ancestors, own), dim=2)
         self.steps += 1
-        if self.beam > 1:
-            self.self_mask = self._ancestry_mask()
-        elif self.prefix_mask is not None:
-            own_mask = self.prefix_mask.new_zeros(1).expand(self.batch, 1, 1, self.steps)
-            self.self_mask = torch.cat((self.prefix_mask, own_mask), dim=3)
-
-    def _ancestry_mask(self) -> Tensor:
-        """(B, 1, K', prefix + steps * K): 0 on a beam's own path, -inf elsewhere."""
-        assert self.ancestors is not None
-        slots = torch.arange(self.beam, device=self.ancestors.device)
-        off_path = (self.ancestors[..., None] != slots).view(self.batch, 1, self.fed, -1)
-        mask = torch.zeros(off_path.shape, **self.options).masked_fill_(off_path, float("-inf"))
-        if self.prefix:
-            seen = self.prefix_mask if self.prefix_mask is not None else mask.new_zeros(1)
-            mask = torch.cat((seen.expand(self.batch, 1, self.fed, self.prefix), mask), dim=3)
-        return mask
+        if self.beam > 1 or self.self_mask is not None:
+            own = self.own_slots[:, :, :fed].expand(self.batch, -1, -1, -1)
+            self.self_mask = own if self.self_mask is None else torch.cat((self.self_mask, own), dim=3)
 
     def _grow(self) -> None:
         used = self.prefix + self.steps * self.beam
         self.capacity = self.prefix + max(_FIRST_CAPACITY, 2 * self.steps) * self.beam
         layer = self.model.layers[0]
-        grown: list[list[Tensor]] = []
-        for slabs in (self.keys, self.values):
-            fresh = [torch.zeros(self.batch, layer.heads, self.capacity, layer.head_dim, **self.options)
-                     for _ in self.model.layers]
-            for old, new in zip(slabs, fresh, strict=False):
-                new[:, :, :used] = old[:, :, :used]
-            grown.append(fresh)
-        self.keys, self.values = grown
+        shape = (2, self.batch, layer.heads, self.capacity, layer.head_dim)
+        grown = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.model.layers]
+        for old, new in zip(self.slabs, grown, strict=False):
+            new[:, :, :, :used] = old[:, :, :, :used]
+        self.slabs = grown
 
-    def append(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, H, K', D) keys and values of layer ``index``; returns all so far, (B, H, L, D)."""
-        start = self.prefix + (self.steps - 1) * self.beam
-        used = start + self.beam
-        keys, values = self.keys[index], self.values[index]
-        keys[:, :, start:start + self.fed] = k
-        values[:, :, start:start + self.fed] = v
-        return keys[:, :, :used], values[:, :, :used]
+    def append(self, index: int, kv: Tensor) -> Tensor:
+        """Write (2, B, H, K', D) keys and values of layer ``index``; returns all so far, (2, B, H, L, D)."""
+        used = self.prefix + self.steps * self.beam
+        slab = self.slabs[index]
+        slab.narrow(3, used - self.beam, self.fed).copy_(kv)
+        return slab.narrow(3, 0, used)
 
     def note_attention(self, q: Tensor) -> None:
         """Keep the mean over heads of this layer's cross-attention, (B, K', S)."""
-        scores = (q @ self.cross_keys[self.attention_layer or 0].transpose(2, 3)).float()
+        scores = (q @ self.cross[self.attention_layer or 0][0].transpose(2, 3)).float()
         if self.source_mask is not None:
             scores = scores + self.source_mask
         self.attention = scores.softmax(-1).mean(1)
 
     def reorder(self, parents: Tensor) -> None:
         """Beam k of sentence b continues its beam ``parents[b, k]``, (B, K) int64."""
-        assert self.ancestors is not None
-        steps = self.ancestors.size(2)
-        self.ancestors = self.ancestors.gather(1, parents[:, :, None].expand(-1, -1, steps))
+        if self.self_mask is not None:
+            rows = parents[:, None, :, None].expand(-1, -1, -1, self.self_mask.size(3))
+            self.self_mask = self.self_mask.gather(2, rows)
 
     def keep(self, sentences: Tensor) -> None:
         """Only these sentences go on, in this order, (B',) int64; repeating one is allowed."""
         self.batch = sentences.numel()
         used = self.prefix + self.steps * self.beam
-        self.keys, self.values = ([self._chosen(slab, sentences, used) for slab in slabs]
-                                  for slabs in (self.keys, self.values))
-        self.cross_keys, self.cross_values = ([slab.index_select(0, sentences) for slab in slabs]
-                                              for slabs in (self.cross_keys, self.cross_values))
+        self.slabs = [self._chosen(slab, sentences, used) for slab in self.slabs]
+        self.cross = [kv.index_select(1, sentences) for kv in self.cross]
         if self.source_mask is not None:
             self.source_mask = self.source_mask.index_select(0, sentences)
-        if self.prefix_mask is not None:
-            self.prefix_mask = self.source_mask
-        if self.ancestors is not None:
-            self.ancestors = self.ancestors.index_select(0, sentences)
+        if self.self_mask is not None:
+            self.self_mask = self.self_mask.index_select(0, sentences)
 
     @staticmethod
     def _chosen(slab: Tensor, sentences: Tensor, used: int) -> Tensor:
-        """Sentences of one slab (B, H, capacity, D); room beyond ``used`` stays zero."""
-        chosen = slab.new_zeros(sentences.numel(), *slab.shape[1:])
-        chosen[:, :, :used] = slab[:, :, :used].index_select(0, sentences)
+        """Sentences of one slab (2, B, H, capacity, D); room beyond ``used`` stays zero."""
+        chosen = slab.new_zeros(2, sentences.numel(), *slab.shape[2:])
+        chosen[:, :, :, :used] = slab[:, :, :, :used].index_select(1, sentences)
         return chosen

@@ -57,9 +57,9 @@ class _EncoderLayer:
         qkv = self.qkv(self.self_norm(x) if pre else x).view(-1, 3, self.heads, self.head_dim)
         context = ops.attention(*qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.width, packing.width,
                                 scale=1.0)
-        x = x + self.out(context.flatten(1))
+        x = self.out.add(context.flatten(1), x)
         x = x if pre else self.self_norm(x)
-        x = x + self.fc2(self.fc1(self.final_norm(x) if pre else x))
+        x = self.fc2.add(self.fc1(self.final_norm(x) if pre else x), x)
         return x if pre else self.final_norm(x)
 
 

@@ -66,6 +66,13 @@ class Packing:
         padded = packed.new_full((self.batch * self.width, *packed.shape[1:]), fill)
         return padded.index_copy(0, self.rows, packed).view(shape)
 
+    def flush_left(self) -> Packing:
+        """The same sentences with the padding of every one behind it."""
+        if self.rows is None:
+            return self
+        sentence = self.rows // self.width
+        return Packing(sentence * self.width + self.positions, self.cu_seqlens, self.positions, self.batch, self.width)
+
     def place(self, flush_left: Tensor) -> Tensor:
         """(B, T, ...) with every sentence at the left edge -> (B, T, ...) with tokens where the batch has them."""
         if self.rows is None:

@@ -11,6 +11,8 @@ part of the GEMM. Measured on two Zen 4 cores, weight (512, 512), against torch'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +24,19 @@ _FUSED_ACTIVATIONS = {"linear": ("none", ""), "relu": ("relu", ""), "gelu": ("ge
                       "tanh": ("tanh", "")}
 
 
-def _has_prepacked_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _prepacked_operators() -> tuple[Any, Any, Any] | None:
+    """oneDNN's reorder, linear and linear-with-addend, or None where this build of torch lacks them."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        namespace = torch.ops.mkldnn
+        linear = namespace._linear_pointwise
+        return namespace._reorder_linear_weight.default, linear.default, linear.binary
+    except AttributeError:
+        return None
+
+
+_PREPACKED = _prepacked_operators()
 
 
 class InferenceLinear:
@@ -32,16 +45,25 @@ class InferenceLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "linear") -> None:
         self.activation = ACTIVATION_FUNCTIONS[activation] if activation != "linear" else None
         self.bias = bias
-        self.prepacked = (weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_prepacked_linear()
+        self.prepacked = (_PREPACKED is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
                           and activation in _FUSED_ACTIVATIONS)
         if self.prepacked:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-            self.attribute, self.algorithm = _FUSED_ACTIVATIONS[activation]
+            assert _PREPACKED is not None
+            reorder, self._linear, self._linear_add = _PREPACKED
+            self.weight = reorder(weight.contiguous(), None)
+            self._attribute, self._algorithm = _FUSED_ACTIVATIONS[activation]
         else:
             self.weight = weight.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """(N, I) -> (N, O)."""
         if self.prepacked:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.attribute, [], self.algorithm)
+            return self._linear(x, self.weight, self.bias, self._attribute, [], self._algorithm)
         y = F.linear(x, self.weight, self.bias)
         return y if self.activation is None else self.activation(y)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual`` (N, O) plus the linear map of ``x`` (N, I); only without an activation."""
+        if self.prepacked:
+            return self._linear_add(x, residual, self.weight, self.bias, "add")
+        return residual + F.linear(x, self.weight, self.bias)
