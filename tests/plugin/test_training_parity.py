@@ -1,0 +1,164 @@
+"""Whole runs of fairseq-train: ls_transformer + ls_label_smoothed_cross_entropy + ls_adam against the stock three.
+
+The toy corpus makes about 16 batches an epoch at --max-tokens 250, so that 20 updates cross an epoch boundary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightseq_fairseq.plugin  # noqa: F401
+from tests import tolerances
+from tests.conftest import build_model, training_args
+
+ROOT = Path(__file__).parents[2]
+SIZES = [flag for side in ("encoder", "decoder") for flag in (
+    f"--{side}-layers", "2", f"--{side}-embed-dim", "32", f"--{side}-ffn-embed-dim", "48",
+    f"--{side}-attention-heads", "4")]
+NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--activation-dropout", "0"]
+DROPOUT = ["--dropout", "0.2", "--attention-dropout", "0.1", "--activation-dropout", "0.1"]
+RECIPE = ["--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "5", "--label-smoothing", "0.1",
+          "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0", "--max-tokens", "250",
+          "--max-update", "20", "--disable-validation", "--no-progress-bar", "--num-workers", "0"]
+PRE_NORM = ["--encoder-normalize-before", "--decoder-normalize-before"]
+CASES = {
+    "post-LN": ("transformer", []),
+    "pre-LN": ("transformer", PRE_NORM),
+    "iwslt": ("transformer_iwslt_de_en", []),
+    "t2t": ("transformer_wmt_en_de_big_t2t", []),
+    "update-freq": ("transformer", ["--update-freq", "2", "--clip-norm", "0"]),
+    "pre-LN, tied, sentence-avg": ("transformer", [*PRE_NORM, "--share-decoder-input-output-embed", "--sentence-avg"]),
+}
+
+
+def stock(arch: str) -> list[str]:
+    return ["--arch", arch, "--criterion", "label_smoothed_cross_entropy", "--optimizer", "adam"]
+
+
+def ours(arch: str) -> list[str]:
+    return ["--arch", f"ls_{arch}", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam"]
+
+
+class Run:
+    """One fairseq-train: ``losses`` and ``norms`` of each update it made, ``model`` as it ended."""
+
+    def __init__(self, data: Path, save_dir: Path, monkeypatch, *flags: str) -> None:
+        from fairseq import checkpoint_utils
+        from fairseq.tasks import FairseqTask
+        from fairseq.trainer import Trainer
+        from fairseq_cli import train
+
+        self.save_dir, self.losses, self.norms = save_dir, [], []
+        reduce_metrics, clip_grad_norm = FairseqTask.reduce_metrics, Trainer.clip_grad_norm
+
+        def record_loss(task, logs, criterion):
+            self.losses.append(sum(float(log["loss"]) for log in logs) / sum(log["sample_size"] for log in logs))
+            reduce_metrics(task, logs, criterion)
+
+        def record_norm(trainer, clip_norm):
+            norm = clip_grad_norm(trainer, clip_norm)
+            self.norms.append(float(norm))
+            self.model = trainer.model
+            return norm
+
+        args = training_args(data, *RECIPE, *flags, "--save-dir", str(save_dir))
+        with monkeypatch.context() as patch:
+            patch.setattr(FairseqTask, "reduce_metrics", record_loss)
+            patch.setattr(Trainer, "clip_grad_norm", record_norm)
+            patch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
+            logging.disable(logging.INFO)
+            try:
+                train.main(args)
+            finally:
+                logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def run(data_bin, tmp_path, monkeypatch):
+    number = iter(range(10))
+    return lambda *flags: Run(data_bin, tmp_path / f"run{next(number)}", monkeypatch, *flags)
+
+
+def assert_same_curve(got: list[float], want: list[float]):
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), **tolerances.LOSS_CURVE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_updates_follow_fairseqs_loss_curve(run, case):
+    arch, flags = CASES[case]
+    got, want = (run(*three(arch), *SIZES, *NO_DROPOUT, *flags, "--no-save") for three in (ours, stock))
+    assert len(want.losses) == 20 and want.losses[-1] < 0.9 * want.losses[0], "there must be something to learn"
+    assert type(got.model) is not type(want.model)
+    assert_same_curve(got.losses, want.losses)
+    torch.testing.assert_close(torch.tensor(got.norms), torch.tensor(want.norms), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("stop", ["checkpoint_1_7.pt", "checkpoint1.pt", "checkpoint_2_14.pt"],
+                         ids=["within epoch 1", "at the epoch boundary", "within epoch 2"])
+@pytest.mark.parametrize("three", [ours, stock])
+def test_resumed_run_continues_bit_for_bit(run, three, stop):
+    """With dropout: its seed is the number of the update. Stock fairseq draws other batches from epoch 2 on."""
+    flags = [*three("transformer"), *SIZES, *DROPOUT, "--save-interval-updates", "7", "--max-tokens", "400"]
+    whole = run(*flags)
+    resumed = run(*flags, "--restore-file", str(whole.save_dir / stop))
+    done = len(whole.losses) - len(resumed.losses)
+    assert 0 < done < 20 and torch.load(whole.save_dir / stop)["optimizer_history"][-1]["num_updates"] == done
+    assert resumed.losses == whole.losses[done:]
+    want = whole.model.state_dict()
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("first, then", [(stock, ours), (ours, stock)], ids=["stock to ours", "ours to stock"])
+def test_runs_move_between_stock_and_ours(run, first, then):
+    """With everything: optimizer, scheduler and batches go on, no --reset-*."""
+    flags = [*SIZES, *NO_DROPOUT, "--save-interval-updates", "8"]
+    whole = run(*first("transformer"), *flags)
+    moved = run(*then("transformer"), *flags, "--restore-file", str(whole.save_dir / "checkpoint_1_8.pt"))
+    assert len(moved.losses) == 12
+    assert_same_curve(moved.losses, whole.losses[8:])
+
+
+def test_fairseq_without_us_goes_on_from_our_checkpoint(run, data_bin, tmp_path):
+    """fairseq-train in a process that never heard of us; 2.6's weights_only is put off, as it must be there."""
+    flags = [*SIZES, *NO_DROPOUT, "--save-interval-updates", "8"]
+    begun = run(*ours("transformer"), *flags)
+    log = subprocess.run(
+        [sys.executable, "-m", "fairseq_cli.train", str(data_bin), "--cpu", *stock("transformer"), *RECIPE, *flags,
+         "--restore-file", str(begun.save_dir / "checkpoint_1_8.pt"), "--save-dir", str(tmp_path / "stock"),
+         "--log-format", "json", "--log-interval", "1"],
+        env=os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, capture_output=True, text=True, cwd=tmp_path)
+    assert log.returncode == 0, log.stdout[-2000:] + log.stderr[-2000:]
+    assert "(epoch 1 @ 8 updates)" in log.stdout and "lightseq" not in log.stdout.replace("ls_transformer", "")
+    state = torch.load(tmp_path / "stock" / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == 20
+    for name, value in begun.model.state_dict().items():  # 8 updates together, 12 alike but for rounding
+        torch.testing.assert_close(state["model"][name], value, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch, flags", [
+    ("transformer", []), ("transformer", [*PRE_NORM, "--layernorm-embedding", "--encoder-learned-pos"]),
+    ("transformer_wmt_en_de_big_t2t", ["--share-decoder-input-output-embed"])], ids=str)
+def test_flat_fp16_parameters_are_laid_out_as_fairseqs(data_bin, arch, flags):
+    """--fp16 keeps moments in one flat tensor, which another order of parameters would scramble."""
+    layouts = []
+    for three in (ours, stock):
+        _, model = build_model(data_bin, *three(arch), *SIZES, *flags)
+        layouts.append([(name, tuple(param.shape)) for name, param in model.named_parameters()])
+    assert layouts[0] == layouts[1] and len(layouts[0]) > 40
+
+
+def test_flat_fp16_run_goes_on_in_the_other(run, monkeypatch):
+    """On the CPU fairseq's flat tensors need a stand-in for the CUDA device they are keyed by."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    flags = [*SIZES, *NO_DROPOUT, "--fp16", "--fp16-init-scale", "4", "--save-interval-updates", "8"]
+    whole = run(*stock("transformer"), *flags)
+    moved = run(*ours("transformer"), *flags, "--restore-file", str(whole.save_dir / "checkpoint_1_8.pt"))
+    torch.testing.assert_close(torch.tensor(moved.losses), torch.tensor(whole.losses[8:]), rtol=2e-2, atol=0)
