@@ -92,7 +92,7 @@ class EmbeddingStack(nn.Module):
     embed_scale: float
     embed_positions: PositionalEmbedding | None
     layernorm_embedding: nn.Module | None
-    project_in_dim: nn.Module | None = None
+    project_in_dim: nn.Module | None
 
     def embed(self, tokens: Tensor, positions: Tensor, width: int, token_embeddings: Tensor | None = None) -> Tensor:
         """(N,) tokens at ``positions`` (N,) in sentences of at most ``width`` tokens -> (N, C), dropout not applied.

@@ -56,6 +56,7 @@ class TransformerEncoder(EmbeddingStack):
         dim = config.encoder_embed_dim
         self.embed_tokens = embed_tokens
         self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(dim)
+        self.project_in_dim = None
         self.embed_positions = (
             None if config.encoder_positions == "none" else
             PositionalEmbedding(config.max_source_positions, dim, config.pad, config.encoder_positions == "learned"))
