@@ -94,13 +94,14 @@ def test_extreme_and_strided_logits(device):
     assert strided.grad.isfinite().all()
 
 
-def test_only_logits_and_targets_are_saved(device):
+def test_no_log_probabilities_are_saved(device):
     """fairseq's loss keeps fp32 log-probabilities beside bf16 logits."""
     logits, targets = sample((16, 50), torch.bfloat16, device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         label_smoothed_cross_entropy(logits, targets, 0.1, PAD)
-    assert sum(t.nbytes for t in saved) == logits.nbytes + targets.nbytes
+    one_float_a_row = 4 * len(targets)
+    assert sum(t.nbytes for t in saved) == logits.nbytes + targets.nbytes + one_float_a_row
 
 
 def test_everything_wrong_is_reported_together():
@@ -111,3 +112,28 @@ def test_everything_wrong_is_reported_together():
         assert part in message
     with pytest.raises(ValueError, match=r"logits must have shape \(N, V\) with V of 2 or more, got \(4, 1\)"):
         label_smoothed_cross_entropy(torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64), 0.1, PAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_overwriting_the_logits_gives_the_same_gradient(dtype, device):
+    logits, targets = sample((13, 104), dtype, device)
+    apart = logits.detach().clone().requires_grad_()
+    grads = []
+    for tensor, overwrite in ((apart, False), (logits, True)):
+        hidden = tensor * 1  # the logits of a model are no leaf
+        loss, _ = label_smoothed_cross_entropy(hidden, targets, 0.1, PAD, overwrite_logits=overwrite)
+        loss.backward(torch.tensor(3.0, device=device))
+        grads.append(tensor.grad)
+        assert torch.equal(hidden.detach(), tensor.grad) == overwrite
+    assert torch.equal(*grads)
+
+
+def test_contract_of_the_op(device):
+    logits, targets = sample((7, 10), torch.float32, device)
+    torch.library.opcheck(torch.ops.lightseq.label_smoothed_cross_entropy.default, (logits, targets, 0.1, PAD))
+    lse = logits.detach().logsumexp(-1)
+    dloss = torch.tensor(0.5, device=device)
+    torch.library.opcheck(torch.ops.lightseq.label_smoothed_cross_entropy_backward.default,
+                          (dloss, logits.detach(), targets, lse, 0.1, PAD))
+    torch.library.opcheck(torch.ops.lightseq.label_smoothed_cross_entropy_backward_.default,
+                          (logits.detach().clone(), dloss, targets, lse, 0.1, PAD))

@@ -1,0 +1,58 @@
+// Packed loads and stores: VEC elements of T move as one access of up to 16 bytes, computed on as floats.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace lightseq {
+
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  return static_cast<T>(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Elements of T in 16 bytes: 8 of a 16-bit type, 4 floats.
+template <typename T>
+constexpr int kVec = 16 / sizeof(T);
+
+template <typename T, int VEC>
+struct alignas(sizeof(T) * VEC) Packed {
+  T lane[VEC];
+
+  __device__ __forceinline__ void widen(float (&out)[VEC]) const {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) out[i] = to_float(lane[i]);
+  }
+
+  __device__ __forceinline__ void narrow(const float (&in)[VEC]) {
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) lane[i] = from_float<T>(in[i]);
+  }
+};
+
+template <int VEC, typename T>
+__device__ __forceinline__ void load(const T* from, float (&to)[VEC]) {
+  reinterpret_cast<const Packed<T, VEC>*>(from)->widen(to);
+}
+
+template <int VEC, typename T>
+__device__ __forceinline__ void store(T* to, const float (&from)[VEC]) {
+  Packed<T, VEC> packed;
+  packed.narrow(from);
+  *reinterpret_cast<Packed<T, VEC>*>(to) = packed;
+}
+
+}  // namespace lightseq
