@@ -9,13 +9,17 @@ fairseq main and 0.12.2 are served alike. Nothing is written to site-packages, a
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
+import queue
 import sys
+import threading
+import time
 import types
 import typing
 from collections.abc import Iterator
@@ -158,6 +162,26 @@ def keep_encoder_layers_off_the_fast_path() -> None:
     Layer.__init__ = __init__
 
 
+def end_prefetching_before_exit() -> None:
+    """``terminate called without an active exception``, exit status 134, after a run that stopped within an epoch.
+
+    fairseq's thread that prepares batches is still at it when the interpreter goes away under it. Here it is told
+    that its batch is the last one, and waited for.
+    """
+    from fairseq.data.iterators import BackgroundConsumer
+
+    def end_prefetching(patience: float = 10.0) -> None:
+        deadline = time.monotonic() + patience
+        for thread in threading.enumerate():
+            if isinstance(thread, BackgroundConsumer):
+                thread._max_len = 0
+                while thread.is_alive() and time.monotonic() < deadline:
+                    with contextlib.suppress(queue.Empty):  # room for what it holds
+                        thread._queue.get(timeout=0.02)
+
+    atexit.register(end_prefetching)
+
+
 def resume_with_the_batches_of_the_first_epoch() -> None:
     """A run resumed in epoch 2 or later leaves the loss curve of the run that was never interrupted.
 
@@ -199,6 +223,7 @@ REPAIRS = (
     keep_bf16_off_the_tpu,
     reset_multiply_factor,
     keep_encoder_layers_off_the_fast_path,
+    end_prefetching_before_exit,
     resume_with_the_batches_of_the_first_epoch,
 )
 

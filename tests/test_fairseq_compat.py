@@ -224,6 +224,41 @@ def test_stock_behaviour_stays(outcomes, probe):
     assert outcomes[probe.__name__] == [UNCHANGED[probe]] * 2
 
 
+LEAVE_WHILE_BATCHES_ARE_PREPARED = """
+import torch
+from lightseq_fairseq import fairseq_compat
+from fairseq.data.iterators import BufferedIterator
+
+class Batches:
+    def __len__(self):
+        return 10**6
+
+    def __iter__(self):
+        while True:
+            yield [torch.stack([torch.ones(3)] * 20) for _ in range(50)]
+
+{repair}
+next(BufferedIterator(10**{size}, Batches()))
+"""
+
+
+def leave(repair: str, size: int) -> subprocess.CompletedProcess:
+    script = LEAVE_WHILE_BATCHES_ARE_PREPARED.format(repair=repair, size=size)
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("size", [0, 5], ids=["full queue", "queue with room"])
+def test_a_run_can_end_while_batches_are_prepared(size):
+    result = leave("fairseq_compat.apply()", size)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python 3.14 lets such threads hang instead")
+def test_which_stock_fairseq_cannot():
+    result = leave("", 5)
+    assert result.returncode != 0 and "terminate called" in result.stderr
+
+
 def test_every_repair_names_its_symptom():
     for repair in (*fairseq_compat.REPAIRS, fairseq_compat.hashable_dataclasses):
         assert repair.__doc__

@@ -1,0 +1,1 @@
+"""Console scripts: each reads its arguments and makes one call."""
