@@ -1,0 +1,154 @@
+"""Generator: model files in, hypotheses out.
+
+::
+
+    generator = Generator.load("model.pb")
+    generator.translate(["ein kleiner hund ."], GenerationOptions(beam=4, lenpen=0.6))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightseq_fairseq import model_file
+from lightseq_fairseq.config import TransformerConfig
+from lightseq_fairseq.generator.beam_search import decode
+from lightseq_fairseq.generator.hypotheses import Hypothesis
+from lightseq_fairseq.generator.model import Transformer
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.model_file import ModelFile
+
+Path = str | os.PathLike[str]
+
+
+class Generator:
+    """One model, or several as an ensemble, ready on one device."""
+
+    def __init__(self, models: Sequence[ModelFile], device: torch.device | str | None = None,
+                 dtype: torch.dtype = torch.float32) -> None:
+        """``device`` is the first GPU where there is one; ``dtype`` float32, float16 or bfloat16 (scores are always
+        fp32). Raises GenerationError for members that do not speak the same two languages."""
+        if not models:
+            raise GenerationError("a generator needs at least one model")
+        first = models[0]
+        for member in models[1:]:
+            _check_same_vocabulary(first, member)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.config: TransformerConfig = first.config
+        self.src_symbols, self.tgt_symbols, self.decoding = first.src_symbols, first.tgt_symbols, first.decoding
+        self.models = [Transformer(model, self.device, dtype) for model in models]
+        self._src_indices: dict[str, int] | None = None
+
+    @classmethod
+    def load(cls, path: Path | Sequence[Path], device: torch.device | str | None = None,
+             dtype: torch.dtype = torch.float32) -> Generator:
+        """Read a model file, or several for an ensemble; ModelFileError says what is wrong with one."""
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        return cls([model_file.load(p) for p in paths], device, dtype)
+
+    def generate(self, src_tokens: Sequence[Tensor], options: GenerationOptions | None = None,
+                 prefix_tokens: Tensor | None = None,
+                 max_lens: Sequence[int] | None = None) -> list[list[Hypothesis]]:
+        """One batch, in the order given: sentences 1-D int64, eos included, without padding.
+
+        ``prefix_tokens`` (B, P) int64 are forced target beginnings, pad where one is shorter; ``max_lens`` are limits
+        that replace the options'.
+        Returns the ``nbest`` hypotheses of each sentence, best first.
+        """
+        return decode(self.models, src_tokens, options or GenerationOptions(), prefix_tokens, max_lens)
+
+    def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
+              prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,
+              progress: Callable[[int], object] | None = None) -> list[list[Hypothesis]]:
+        """Any number of sentences of ids, eos included, in any order of length; results in the order given.
+
+        Sentences of like length are decoded together, at most ``max_sentences`` and ``max_tokens`` source tokens at
+        a time (a longer sentence goes alone). ``progress`` is told how many sentences each batch has finished.
+        """
+        self._check_ids(ids)
+        results: list[list[Hypothesis]] = [[] for _ in ids]
+        for batch in _batches_by_length([len(sentence) for sentence in ids], max_tokens, max_sentences):
+            prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
+            found = self.generate([torch.tensor(ids[i], dtype=torch.int64) for i in batch], options, prefixes)
+            for index, hypotheses in zip(batch, found, strict=True):
+                results[index] = hypotheses
+            if progress is not None:
+                progress(len(batch))
+        return results
+
+    def translate(self, lines: Sequence[str], options: GenerationOptions | None = None,
+                  remove_bpe: str | None = None, **batching: int) -> list[str]:
+        """The best translation of each line of space-separated tokens, as the model's vocabulary has them.
+
+        ``remove_bpe`` joins subwords again: "@@ " for subword-nmt, "sentencepiece" for its underscores. ``batching``
+        goes to :meth:`infer`. GenerationError if the model file holds no vocabularies.
+        """
+        found = self.infer([self.encode_line(line) for line in lines], options, **batching)
+        return [self.decode_ids(hypotheses[0].tokens, remove_bpe) for hypotheses in found]
+
+    def encode_line(self, line: str) -> list[int]:
+        """Ids of the line's tokens and eos; what the vocabulary lacks becomes unk."""
+        if self._src_indices is None:
+            symbols = _present(self.src_symbols, "source")
+            self._src_indices = {symbol: index for index, symbol in enumerate(symbols)}
+        unk = self.config.unk
+        return [self._src_indices.get(token, unk) for token in line.split()] + [self.config.eos]
+
+    def decode_ids(self, tokens: Tensor | Sequence[int], remove_bpe: str | None = None) -> str:
+        """Text of target ids, without eos and padding."""
+        symbols = _present(self.tgt_symbols, "target")
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        text = " ".join(symbols[i] for i in ids if i not in (self.config.eos, self.config.pad))
+        if remove_bpe == "sentencepiece":
+            return text.replace(" ", "").replace("\u2581", " ").strip()
+        return (text + " ").replace(remove_bpe, "").rstrip() if remove_bpe else text
+
+    def _padded(self, prefix_ids: Sequence[Sequence[int]]) -> Tensor:
+        """(B, P) int64, pad behind the shorter ones."""
+        width = max(map(len, prefix_ids))
+        return torch.tensor([[*ids, *[self.config.pad] * (width - len(ids))] for ids in prefix_ids], dtype=torch.int64)
+
+    def _check_ids(self, ids: Sequence[Sequence[int]]) -> None:
+        vocab = self.config.src_vocab_size
+        for index, sentence in enumerate(ids):
+            if not len(sentence):
+                raise GenerationError(f"sentence {index} is empty; an empty line is the eos token ({self.config.eos}) "
+                                      "alone")
+            low, high = min(sentence), max(sentence)
+            if low < 0 or high >= vocab:
+                raise GenerationError(f"sentence {index} has a token id {low if low < 0 else high} outside of the "
+                                      f"source vocabulary of {vocab}; is the model that of this dictionary?")
+
+
+def _check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:
+    for side, ours, theirs, sizes in (
+            ("source", first.src_symbols, member.src_symbols,
+             (first.config.src_vocab_size, member.config.src_vocab_size)),
+            ("target", first.tgt_symbols, member.tgt_symbols,
+             (first.config.tgt_vocab_size, member.config.tgt_vocab_size))):
+        if sizes[0] != sizes[1] or (ours is not None and theirs is not None and ours != theirs):
+            raise GenerationError(f"the models of an ensemble must share their vocabularies, but the {side} "
+                                  f"vocabularies differ ({sizes[0]} and {sizes[1]} types)")
+
+
+def _present(symbols: tuple[str, ...] | None, side: str) -> tuple[str, ...]:
+    if symbols is None:
+        raise GenerationError(f"the model file holds no {side} vocabulary, so only ids can be translated; export it "
+                              "again with --data-bin")
+    return symbols
+
+
+def _batches_by_length(lengths: Sequence[int], max_tokens: int, max_sentences: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, the longest first, so that memory is asked for once."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) >= max_sentences or (len(batch) + 1) * lengths[batch[0]] > max_tokens):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
