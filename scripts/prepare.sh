@@ -8,12 +8,12 @@
 
 workers=${WORKERS:-$(nproc)}
 
-# begin NAME SOURCE TARGET: names the output folder and the languages; ends the script if all is prepared already.
+# begin NAME SOURCE TARGET: names the output folder and the languages; fails if all is prepared already.
 begin() {
   out=${OUT:-$root/data/$1} source=$2 target=$3
   if [ -e "$out/data-bin" ]; then
     echo "$out/data-bin is there already; remove it to prepare it again"
-    exit 0
+    return 1
   fi
   mkdir -p "$out"
   out=$(cd "$out" && pwd)

@@ -5,7 +5,7 @@
 #                                      OUT=, WORKERS= as in prepare.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"
-begin iwslt14 de en
+begin iwslt14 de en || exit 0
 lowercase=true
 
 from=${1:-}

@@ -5,7 +5,7 @@
 #                                       OUT=, TOKENISED=1, WORKERS= as in prepare.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"
-begin multi30k en de
+begin multi30k en de || exit 0
 lowercase=true
 
 from=${1:-}

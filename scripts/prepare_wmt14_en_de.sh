@@ -5,7 +5,7 @@
 #                                          OUT=, TOKENISED=1, WORKERS= as in prepare.sh
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"
-begin wmt14_en_de en de
+begin wmt14_en_de en de || exit 0
 
 from=${1:-}
 if [ -n "$from" ]; then
