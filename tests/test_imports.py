@@ -80,7 +80,8 @@ def forbidden(module: str, source: str) -> list[str]:
         head, _, rest = imported.partition(".")
         ours = head == PACKAGE.name
         target = (room_of(rest) if rest else "__init__") if ours else head
-        allowed = {*(room.rooms if ours else room.third_parties).split(), *(room.inside_functions.split() if inside else ())}
+        allowed = (room.rooms if ours else room.third_parties).split()
+        allowed += room.inside_functions.split() if inside else []
         if head == "":
             wrong.append(f"{module}: relative import {imported}")
         elif target not in allowed and target not in sys.stdlib_module_names and not (ours and target == name):
@@ -90,8 +91,8 @@ def forbidden(module: str, source: str) -> list[str]:
 
 def modules() -> list[tuple[str, Path]]:
     """(dotted name without the package's, file) of every module; a folder's ``__init__`` has the folder's name."""
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return [(".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path) for path in paths]
+    return [(".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"), path)
+            for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
@@ -149,4 +150,4 @@ def test_generation_loads_no_training_code_and_no_gpu():
     assert loaded & {"fairseq", "fairseq_cli", "transformers", "hydra", "omegaconf"} == set()
     assert not any(name.startswith("lightseq_fairseq.plugin") for name in runs[0]["modules"])
     assert not runs[0]["cuda"]
-    assert min(run["ours"] for run in runs) < 0.5 * min(run["torch"] for run in runs)
+    assert min(run["ours"] for run in runs) < 0.2 * min(run["torch"] for run in runs)
