@@ -14,11 +14,13 @@ fairseq_train = fairseq_compat.import_fairseq("fairseq_cli.train")  # before the
 stock_main = fairseq_train.main
 
 import lightseq_fairseq.plugin  # noqa: E402, F401
+from lightseq_fairseq.plugin.ls_trainer import LSTrainer  # noqa: E402
 
 
 def train_rank(cfg: Any, **kwargs: Any) -> None:
     """Train as one rank. A spawned process finds this function by importing this module, which registers ours."""
-    stock_main(cfg, **kwargs)
+    with mock.patch.object(fairseq_train, "Trainer", LSTrainer):
+        stock_main(cfg, **kwargs)
 
 
 def main() -> None:

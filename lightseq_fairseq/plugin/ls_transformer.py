@@ -303,12 +303,17 @@ class LSTransformerModel(TransformerModel):
                             return_all_hiddens=return_all_hiddens)
 
     def _forward_packed(self, src_tokens: Tensor, prev_output_tokens: Tensor, features_only: bool) -> Tensor:
-        encoder, decoder = self.encoder, self.decoder
-        source_packing = Packing.of(src_tokens, encoder.padding_idx)
-        source = encoder.encode(source_packing.pack(src_tokens), source_packing)
-        packing = Packing.of(prev_output_tokens, decoder.padding_idx)
-        x, _ = decoder.decode(packing.pack(prev_output_tokens), packing, source, source_packing)
-        return x if features_only else decoder.output_layer(x)
+        source_packing = Packing.of(src_tokens, self.encoder.padding_idx)
+        packing = Packing.of(prev_output_tokens, self.decoder.padding_idx)
+        return self.forward_packed(source_packing.pack(src_tokens), source_packing,
+                                   packing.pack(prev_output_tokens), packing, features_only)
+
+    def forward_packed(self, source_tokens: Tensor, source_packing: Packing, previous_tokens: Tensor,
+                       packing: Packing, features_only: bool = False) -> Tensor:
+        """Packed source (M,) and previous target tokens (N,) int64 -> logits (N, V)."""
+        source = self.encoder.encode(source_tokens, source_packing)
+        x, _ = self.decoder.decode(previous_tokens, packing, source, source_packing)
+        return x if features_only else self.decoder.output_layer(x)
 
 
 for _architecture in ("", "_tiny", "_iwslt_de_en", "_wmt_en_de", "_vaswani_wmt_en_de_big",

@@ -1,0 +1,224 @@
+"""The trainer behind lightseq-train: fairseq's, with each update a single graph on the GPU where that is possible.
+
+Results of an update are looked at while the next one runs. Whenever fairseq is about to act on them (a log line,
+validation, a checkpoint, the end of an epoch or of training) the trainer waits first, so that what is printed and
+saved is exact. Where a whole step cannot be captured, fairseq's own loop runs and one line says why.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from fairseq.logging import metrics
+from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer
+from fairseq.trainer import Trainer
+
+from lightseq_fairseq.plugin.flat_storage import FlatStorage
+from lightseq_fairseq.plugin.ls_adam import LSAdam
+from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
+from lightseq_fairseq.plugin.ls_transformer import LSTransformerModel
+from lightseq_fairseq.plugin.packed_batch import PackedBatch
+from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
+
+logger = logging.getLogger(__name__)
+
+
+class LSTrainer(Trainer):
+    """fairseq's Trainer; ``whole_step_devices`` are the device types whose steps are taken over."""
+
+    whole_step_devices = ("cuda",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step: WholeStep | None = None
+        self._pending: dict[str, Any] | None = None
+        self._said: set[str] = set()
+        self._reason: str | None = None
+        self._train_iterator: Any = None
+
+    # What can be a whole step ----------------------------------------------------------------------------------
+
+    def _obstacle(self) -> str | None:
+        """Why this run's steps cannot be captured, or None."""
+        cfg, model = self.cfg, self.get_model()
+        optimizer = self.optimizer
+        inner = getattr(optimizer, "fp32_optimizer", optimizer)
+        obstacles = {
+            f"the device is {self.device.type}": self.device.type not in self.whole_step_devices,
+            "the model is not ls_transformer": not isinstance(model, LSTransformerModel),
+            "the criterion is not ls_label_smoothed_cross_entropy":
+                not isinstance(self.get_criterion(), LSLabelSmoothedCrossEntropyCriterion),
+            "the optimizer is not ls_adam": not isinstance(inner, LSAdam),
+            "--memory-efficient-fp16 keeps no fp32 parameters": isinstance(optimizer, MemoryEfficientFP16Optimizer),
+            "--amp scales on the host": bool(cfg.common.amp),
+            "the optimizer is sharded or wrapped": not isinstance(optimizer, (LSAdam, FP16Optimizer)),
+            f"--ddp-backend {cfg.distributed_training.ddp_backend} owns the gradients":
+                self.is_fsdp or cfg.distributed_training.ddp_backend == "slowmo",
+            "--use-bmuf averages models": bool(cfg.optimization.use_bmuf),
+            "layers are dropped at random": bool(getattr(model, "encoder", None)) and isinstance(
+                model, LSTransformerModel) and max(model.encoder.config.encoder_layerdrop,
+                                                   model.decoder.config.decoder_layerdrop) > 0,
+            "activations are recomputed (--checkpoint-activations)":
+                bool(getattr(cfg.model, "checkpoint_activations", False)),
+            "several parameter groups": len(inner.optimizer.param_groups) > 1,
+            "a profile is asked for": bool(cfg.common.profile),
+        }
+        return next((words for words, holds in obstacles.items() if holds), None)
+
+    def _whole_step(self) -> WholeStep | None:
+        if self._step is None and self._reason is None:
+            self._reason = self._obstacle() or ""
+            if self._reason:
+                if self.device.type == "cuda":
+                    logger.info("steps run one kernel after another, because %s", self._reason)
+            else:
+                self._step = self._build_step()
+        return self._step
+
+    def _build_step(self) -> WholeStep:
+        criterion, group = self.get_criterion(), self.optimizer.optimizer.param_groups[0]
+        world = self.data_parallel_world_size
+        config = StepConfig(
+            epsilon=criterion.eps, pad=criterion.padding_idx, max_norm=self.cfg.optimization.clip_norm,
+            report_accuracy=criterion.report_accuracy, beta1=group["betas"][0], beta2=group["betas"][1],
+            eps=group["eps"], weight_decay=group["weight_decay"],
+            group=self.data_parallel_process_group if world > 1 else None, world_size=world)
+        return WholeStep(self.get_model(), FlatStorage(self.optimizer), config)
+
+    # Steps ------------------------------------------------------------------------------------------------------
+
+    @metrics.aggregate("train")
+    def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
+        """One update; the values it logs are those of the update before, unless fairseq is about to look at them."""
+        step = self._whole_step()
+        if step is None or getattr(self.task, "uses_ema", False):
+            return super().train_step(samples, raise_oom)
+        self._set_seed()
+        if not self.model.training:
+            self.model.train()
+            self.criterion.train()
+        metrics.log_start_time("train_wall", priority=800, round=0)
+        self._launch(step, samples)
+        launched = self._pending
+        logging_output = self._finish_previous() if launched["previous"] is not None else None
+        self.set_num_updates(self.get_num_updates() + 1)
+        if self.cfg.ema.store_ema:
+            self.ema.step(self.get_model(), self.get_num_updates())
+            metrics.log_scalar("ema_decay", self.ema.get_decay(), priority=10000, round=5, weight=0)
+        if self._about_to_be_looked_at():
+            logging_output = self.finish_steps()
+        if self.cfg.common.fp16:
+            metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
+        metrics.log_stop_time("train_wall")
+        return logging_output if logging_output is not None else {}
+
+    def _launch(self, step: WholeStep, samples: list[Any]) -> None:
+        lr, scaler = self.optimizer.get_lr(), getattr(self.optimizer, "scaler", None)
+        previous = self._pending
+        if_good = if_overflow = Rates(lr, 1.0 if scaler is None else scaler.loss_scale)
+        if previous is not None and scaler is not None:
+            if_good = Rates(lr, _scale_after(scaler, overflow=False))
+            if_overflow = Rates(previous["lr"], _scale_after(scaler, overflow=True))
+        criterion = self.get_criterion()
+        for i, sample in enumerate(samples):
+            dummy = sample is None or len(sample) == 0
+            sample = self._dummy_batch if dummy else sample
+            sentences = sample["target"].size(0)
+            counts = (0.0, 0.0, 0.0) if dummy else (
+                float(sentences if criterion.sentence_avg else sample["ntokens"]), float(sample["ntokens"]),
+                float(sentences))
+            batch = PackedBatch.of(sample, criterion.padding_idx, criterion.ignore_prefix_size, counted=not dummy)
+            step.launch(batch, counts, if_good, if_overflow, first=i == 0, last=i == len(samples) - 1)
+        self._pending = {"lr": lr, "previous": previous}
+
+    def _finish_previous(self) -> Any:
+        """Take note of the update before the one just launched."""
+        assert self._step is not None and self._pending is not None
+        self._pending["previous"] = None
+        return self._take_note(self._step.wait_for_previous())
+
+    def finish_steps(self) -> Any:
+        """Wait for the update under way, if there is one, and take note of it; returns what it logged."""
+        pending, self._pending = self._pending, None
+        if pending is None or self._step is None:
+            return None
+        return self._take_note(self._step.wait())
+
+    def _take_note(self, result: Result) -> Any:
+        """Loss scale, number of updates and log of an update that has ended."""
+        scaler = getattr(self.optimizer, "scaler", None)
+        if scaler is not None:
+            try:
+                scaler.check_overflow(result.norm)
+            except OverflowError as overflow:
+                logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", overflow)
+                self.set_num_updates(self.get_num_updates() - 1)
+                return None
+            scaler.update()
+        elif result.norm != result.norm or result.norm == float("inf"):
+            raise FloatingPointError("gradients are Nan/Inf")
+        output = {"loss": result.loss, "nll_loss": result.nll_loss, "ntokens": int(result.ntokens),
+                  "nsentences": int(result.nsentences), "sample_size": result.sample_size}
+        if self.get_criterion().report_accuracy:
+            output.update(n_correct=torch.tensor(result.correct), total=torch.tensor(result.total))
+        return self._reduce_and_log_stats([output], result.sample_size, torch.tensor(result.norm))
+
+    def _about_to_be_looked_at(self) -> bool:
+        """Whether fairseq's loop reads something that the update under way decides."""
+        cfg, updates = self.cfg, self.get_num_updates()
+        intervals = (cfg.common.log_interval, cfg.checkpoint.save_interval_updates,
+                     cfg.dataset.validate_interval_updates)
+        return (any(interval > 0 and updates % interval == 0 for interval in intervals)
+                or (cfg.optimization.max_update or updates + 1) <= updates
+                or cfg.optimization.stop_time_hours > 0
+                or (self._train_iterator is not None and self._train_iterator.end_of_epoch()))
+
+    # Where fairseq looks ----------------------------------------------------------------------------------------
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_iterator = super().get_train_iterator(*args, **kwargs)
+        return self._train_iterator
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.finish_steps()
+        super().begin_epoch(epoch)
+
+    def lr_step(self, epoch: int, val_loss: float | None = None) -> Any:
+        self.finish_steps()
+        return super().lr_step(epoch, val_loss)
+
+    def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        self.finish_steps()
+        return super().valid_step(sample, raise_oom)
+
+    def state_dict(self) -> Any:
+        self.finish_steps()
+        if self._step is not None:
+            self._step.storage.write_back()
+        return super().state_dict()
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's; what was captured before refers to storage that is no longer the optimizer's."""
+        self.finish_steps()
+        self._step = self._reason = None
+        return super().load_checkpoint(*args, **kwargs)
+
+    def reinitialize(self) -> None:
+        self._step = self._reason = self._pending = None
+        super().reinitialize()
+
+
+def _scale_after(scaler: Any, overflow: bool) -> float:
+    """The loss scale that fairseq's scaler will have once the update under way has ended."""
+    future = copy.copy(scaler)
+    if not overflow:
+        future.update()
+        return future.loss_scale
+    try:
+        future.check_overflow(float("inf"))
+    except (OverflowError, FloatingPointError):
+        pass
+    return future.loss_scale

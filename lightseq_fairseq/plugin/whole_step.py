@@ -1,0 +1,206 @@
+"""One training step as one CUDA graph: forward, loss, backward, reduction, norm, clipping, Adam.
+
+The host copies a packed batch to the device, replays the graph of its bucket and reads what came of the step before.
+Whether that one overflowed is not known when the next is launched: the host sends learning rate and loss scale for
+both outcomes, and the device takes those of the outcome that came about. On a device without graphs the same steps
+run one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
+from lightseq_fairseq.ops.flat_adam import flat_adam_
+from lightseq_fairseq.plugin.flat_storage import FlatStorage
+from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch
+
+
+class Rates(NamedTuple):
+    """What the host decides about an update."""
+
+    lr: float
+    loss_scale: float
+
+
+class Result(NamedTuple):
+    """Sums over the micro-batches of one update and over all ranks, on the host."""
+
+    loss: float
+    nll_loss: float
+    correct: float
+    total: float
+    sample_size: float
+    ntokens: float
+    nsentences: float
+    norm: float
+
+
+_SUMS = len(Result._fields) - 1  # all but the norm
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What stays the same for a whole run."""
+
+    epsilon: float
+    pad: int
+    max_norm: float
+    report_accuracy: bool
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    group: Any = None
+    """Process group of the data-parallel ranks; None for one rank."""
+    world_size: int = 1
+
+
+class WholeStep:
+    """Updates of one model through flat storage, a graph for each (bucket, role of the micro-batch)."""
+
+    def __init__(self, model: Any, storage: FlatStorage, config: StepConfig) -> None:
+        self.model, self.storage, self.config = model, storage, config
+        self.device = storage.master.device
+        self.graphs: dict[tuple[Bucket, bool, bool], torch.cuda.CUDAGraph] = {}
+        self.inputs: dict[Bucket, Tensor] = {}
+        self.staging: dict[Bucket, list[Tensor]] = {}
+        self.pool: Any = None
+        self.warm = False
+        self.launched = 0
+        self.sums = torch.zeros(_SUMS, device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.result = torch.zeros(_SUMS + 1, device=self.device)
+        self.landing = [torch.zeros(_SUMS + 1, pin_memory=self._on_gpu) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if self._on_gpu else []
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def launch(self, batch: PackedBatch, counts: tuple[float, float, float], if_good: Rates, if_overflow: Rates,
+               first: bool = True, last: bool = True) -> None:
+        """Start one micro-batch of an update, the ``last`` of which makes it.
+
+        ``counts`` are its sample size, tokens and sentences. The rates are those for the outcomes of the update
+        before, which need not have ended.
+        """
+        bucket = batch.bucket
+        controls = bucket.views(batch.buffer).controls
+        controls[:7] = torch.tensor([*if_good, *if_overflow, *counts])
+        self._to_device(batch)
+        key = bucket, first, last
+        if not self._on_gpu or not self.warm:
+            self.warm = True
+            self._run(bucket, first, last)
+        else:
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(*key)
+            self.graphs[key].replay()
+        if last:
+            slot = self.launched % 2
+            self.landing[slot].copy_(self.result, non_blocking=True)
+            if self._on_gpu:
+                self.events[slot].record()
+            self.launched += 1
+
+    def wait(self) -> Result:
+        """What came of the latest update whose result was not asked for before."""
+        slot = (self.launched - 1) % 2
+        return self._read(slot)
+
+    def wait_for_previous(self) -> Result:
+        """What came of the update before the latest."""
+        return self._read(self.launched % 2)
+
+    def _read(self, slot: int) -> Result:
+        if self._on_gpu:
+            self.events[slot].synchronize()
+        return Result(*self.landing[slot].tolist())
+
+    def _to_device(self, batch: PackedBatch) -> None:
+        bucket = batch.bucket
+        if bucket not in self.inputs:
+            self.inputs[bucket] = torch.empty(bucket.words, dtype=torch.int64, device=self.device)
+            self.staging[bucket] = [torch.empty(bucket.words, dtype=torch.int64, pin_memory=self._on_gpu)
+                                    for _ in range(4)]
+        # at most two updates are under way, so a buffer is free again after its turn
+        staging = self.staging[bucket]
+        pinned = staging.pop(0)
+        staging.append(pinned)
+        pinned.copy_(batch.buffer)
+        self.inputs[bucket].copy_(pinned, non_blocking=True)
+
+    def _capture(self, bucket: Bucket, first: bool, last: bool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self._run(bucket, first, last)
+        self.pool = graph.pool()
+        return graph
+
+    def _run(self, bucket: Bucket, first: bool, last: bool) -> None:
+        """The step itself, as it is captured."""
+        config, storage = self.config, self.storage
+        views = bucket.views(self.inputs[bucket])
+        good = self.norm.isfinite()
+        rates = torch.where(good, views.controls[0:2], views.controls[2:4])
+        source_packing, target_packing = views.packings(bucket)
+        with self._autograd():
+            logits = self.model.forward_packed(views.source_tokens, source_packing, views.previous_tokens,
+                                               target_packing)
+            sums = [*self._accuracy(logits.detach(), views.targets)]
+            loss, nll = label_smoothed_cross_entropy(logits, views.targets, config.epsilon, config.pad,
+                                                     overwrite_logits=True)
+            grads = torch.autograd.grad(loss, storage.params, rates[1].to(loss.dtype), allow_unused=True)
+        with torch.no_grad():
+            self._collect(grads, first)
+            fresh = torch.cat((torch.stack((loss.detach(), nll.detach(), *sums)), views.controls[4:7]))
+            self.sums.copy_(fresh) if first else self.sums.add_(fresh)
+            if last:
+                self._update(*rates)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _autograd() -> Iterator[None]:
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            yield
+
+    def _accuracy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.config.report_accuracy:
+            return self.norm.new_zeros(()), self.norm.new_zeros(())
+        counted = targets != self.config.pad
+        correct = (logits.argmax(-1) == targets) & counted
+        return correct.sum().float(), counted.sum().float()
+
+    def _collect(self, grads: tuple[Tensor | None, ...], first: bool) -> None:
+        """Gradients into the flat buffer, added to those of earlier micro-batches."""
+        places = self.storage.grads
+        used = [(place, grad) for place, grad in zip(places, grads, strict=True) if grad is not None]
+        if first:
+            torch._foreach_copy_(*map(list, zip(*used, strict=True)))
+            for place, grad in zip(places, grads, strict=True):
+                if grad is None:
+                    place.zero_()
+        else:
+            torch._foreach_add_(*map(list, zip(*used, strict=True)))
+
+    def _update(self, lr: Tensor, loss_scale: Tensor) -> None:
+        config, storage = self.config, self.storage
+        if config.world_size > 1:
+            dist.all_reduce(storage.grad, op=dist.ReduceOp.AVG, group=config.group)
+            dist.all_reduce(self.sums, group=config.group)
+        sample_size = self.sums[4]
+        multiplier = config.world_size / (torch.where(sample_size > 0, sample_size, 1.0) * loss_scale)
+        flat_adam_(storage.master, storage.exp_avg, storage.exp_avg_sq, storage.param, storage.steps, self.norm,
+                   storage.grad, lr, multiplier, max_norm=config.max_norm, beta1=config.beta1, beta2=config.beta2,
+                   eps=config.eps, weight_decay=config.weight_decay)
+        if storage.scattered:
+            torch._foreach_copy_([p.data for p in storage.params], storage.scattered)
+        self.result.copy_(torch.cat((self.sums, self.norm[None])))

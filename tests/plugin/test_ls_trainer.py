@@ -1,0 +1,151 @@
+"""Updates taken as whole steps are fairseq's updates: same losses, parameters, log, checkpoints, step by step.
+
+On the CPU the steps run without a graph, everything else being the same; --device cuda replays graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightseq_fairseq.plugin  # noqa: F401
+from lightseq_fairseq.plugin.ls_trainer import LSTrainer
+from tests import tolerances
+from tests.conftest import training_args
+
+SIZES = [flag for side in ("encoder", "decoder") for flag in (
+    f"--{side}-layers", "2", f"--{side}-embed-dim", "32", f"--{side}-ffn-embed-dim", "48",
+    f"--{side}-attention-heads", "4")]
+RECIPE = ["--dropout", "0", "--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "5",
+          "--label-smoothing", "0.1", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0",
+          "--max-tokens", "250", "--max-update", "20", "--disable-validation", "--no-progress-bar",
+          "--num-workers", "0", *SIZES]
+OURS = ["--arch", "ls_transformer", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam"]
+STOCK = ["--arch", "transformer", "--criterion", "label_smoothed_cross_entropy", "--optimizer", "adam"]
+CASES = {
+    "post-LN": [],
+    "pre-LN, tied": ["--encoder-normalize-before", "--decoder-normalize-before", "--share-decoder-input-output-embed"],
+    "update-freq": ["--update-freq", "2", "--clip-norm", "0"],
+    "sentence-avg": ["--sentence-avg"],
+    "odd sizes": ["--decoder-ffn-embed-dim", "47", "--decoder-learned-pos", "--max-target-positions", "101"],
+    "accuracy, prefix": ["--report-accuracy", "--ignore-prefix-size", "2"],
+}
+
+
+class Run:
+    """One training: ``logs`` of each update as the criterion reduced them, the ``trainer`` as it ended."""
+
+    def __init__(self, data: Path, save_dir: Path, monkeypatch, device, trainer_class, *flags: str) -> None:
+        from fairseq import checkpoint_utils
+        from fairseq.tasks import FairseqTask
+        from fairseq_cli import train
+
+        self.logs: list[dict] = []
+        runs = self
+
+        class Recorded(trainer_class):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                runs.trainer = self
+
+        reduce_metrics = FairseqTask.reduce_metrics
+
+        def record(task, logs, criterion):
+            self.logs.append({key: float(sum(log[key] for log in logs)) for key in logs[0]})
+            reduce_metrics(task, logs, criterion)
+
+        args = training_args(data, *RECIPE, *flags, "--save-dir", str(save_dir))
+        args.cpu = device.type == "cpu"
+        with monkeypatch.context() as patch:
+            patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))
+            patch.setattr(FairseqTask, "reduce_metrics", record)
+            patch.setattr(train, "Trainer", Recorded)
+            patch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
+            logging.disable(logging.INFO)
+            try:
+                train.main(args)
+            finally:
+                logging.disable(logging.NOTSET)
+        self.state = {name: value.detach().cpu().clone()
+                      for name, value in self.trainer.get_model().state_dict().items()}
+
+
+@pytest.fixture
+def stock_trainer():
+    from fairseq.trainer import Trainer
+
+    return Trainer
+
+
+def assert_same_curve(ours: Run, stock: Run) -> None:
+    assert len(ours.logs) == len(stock.logs)
+    for mine, theirs in zip(ours.logs, stock.logs, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert mine[key] == pytest.approx(value, rel=tolerances.LOSS_CURVE["rtol"]), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_fairseqs(case, data_bin, tmp_path, monkeypatch, device, stock_trainer):
+    stock = Run(data_bin, tmp_path / "stock", monkeypatch, device, stock_trainer, *STOCK, *CASES[case])
+    ours = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, *CASES[case])
+    assert ours.trainer._step is not None, ours.trainer._reason
+    assert_same_curve(ours, stock)
+    assert ours.trainer.get_num_updates() == 20
+    for name, value in stock.state.items():
+        if not name.endswith("k_proj.bias"):  # its true gradient is 0, so that Adam follows the sign of rounding errors
+            torch.testing.assert_close(ours.state[name], value, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_checkpoint_of_whole_steps_goes_on_in_stock_fairseq(data_bin, tmp_path, monkeypatch, device, stock_trainer):
+    """Moments, step count and parameters are where fairseq looks for them."""
+    first = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, "--max-update", "10")
+    assert first.trainer._step is not None
+    shutil.copytree(tmp_path / "ours", tmp_path / "stock")
+    ours = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS)
+    stock = Run(data_bin, tmp_path / "stock", monkeypatch, device, stock_trainer, *STOCK)
+    assert len(stock.logs) == len(ours.logs) == 10
+    assert_same_curve(ours, stock)
+    last = torch.load(tmp_path / "ours" / "checkpoint_last.pt")
+    assert {state["step"] for state in last["last_optimizer_state"]["state"].values()} == {20}
+
+
+def test_resuming_whole_steps_changes_nothing(data_bin, tmp_path, monkeypatch, device):
+    dropout = ["--dropout", "0.2", "--attention-dropout", "0.1"]
+    whole = Run(data_bin, tmp_path / "whole", monkeypatch, device, LSTrainer, *OURS, *dropout)
+    Run(data_bin, tmp_path / "parts", monkeypatch, device, LSTrainer, *OURS, *dropout, "--max-update", "7")
+    rest = Run(data_bin, tmp_path / "parts", monkeypatch, device, LSTrainer, *OURS, *dropout)
+    assert rest.logs == whole.logs[7:]
+    for name, value in whole.state.items():
+        assert torch.equal(rest.state[name], value), name
+
+
+def test_an_overflow_skips_its_update_and_halves_the_scale(data_bin, tmp_path, monkeypatch, device, stock_trainer):
+    """A scale of 2**40 overflows fp16 many times over before the first update is made."""
+    if device.type != "cuda":
+        pytest.skip("flat fp16 training needs a GPU; run with --device cuda")
+    flags = ["--fp16", "--fp16-init-scale", str(2**40)]
+    stock = Run(data_bin, tmp_path / "stock", monkeypatch, device, stock_trainer, *STOCK, *flags)
+    ours = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, *flags)
+    assert ours.trainer._step is not None, ours.trainer._reason
+    assert ours.trainer.get_num_updates() == stock.trainer.get_num_updates() == 20
+    assert ours.trainer.optimizer.scaler.__dict__ == stock.trainer.optimizer.scaler.__dict__
+    assert len(ours.logs) == len(stock.logs)
+    for mine, theirs in zip(ours.logs, stock.logs, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("flags,reason", [
+    (["--encoder-layerdrop", "0.2"], "layers are dropped at random"),
+    (["--checkpoint-activations"], "activations are recomputed"),
+    (["--optimizer", "adam"], "the optimizer is not ls_adam"),
+    (["--criterion", "label_smoothed_cross_entropy"], "the criterion is not"),
+])
+def test_what_cannot_be_a_whole_step_runs_as_fairseq_has_it(flags, reason, data_bin, tmp_path, monkeypatch, device):
+    run = Run(data_bin, tmp_path, monkeypatch, device, LSTrainer, *OURS, *flags, "--max-update", "2")
+    assert run.trainer._step is None and reason in run.trainer._reason
+    assert len(run.logs) == 2

@@ -1,0 +1,84 @@
+"""A bucketed batch holds every real token once, and nothing in it attends to nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch, round_up
+
+PAD = 1
+
+
+def collated(src_lens, tgt_lens, seed=0):
+    """Left-padded sources, right-padded targets, as fairseq collates them."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.full((len(src_lens), max(src_lens)), PAD)
+    previous = torch.full((len(tgt_lens), max(tgt_lens)), PAD)
+    target = previous.clone()
+    for b, (s, t) in enumerate(zip(src_lens, tgt_lens, strict=True)):
+        source[b, source.size(1) - s:] = torch.randint(4, 99, (s,), generator=generator)
+        words = torch.randint(4, 99, (t - 1,), generator=generator)
+        previous[b, :t] = torch.cat((torch.tensor([2]), words))
+        target[b, :t] = torch.cat((words, torch.tensor([2])))
+    return {"net_input": {"src_tokens": source, "prev_output_tokens": previous}, "target": target}
+
+
+CASES = {
+    "few": ([5, 1, 9], [4, 7, 2]),
+    "one": ([1], [1]),
+    "full": ([32] * 4, [32] * 4),
+    "source full, target not": ([64] * 2, [5] * 2),
+    "many": (list(range(1, 60)), list(range(60, 1, -1))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_token_is_there_in_its_sentence(case):
+    src_lens, tgt_lens = CASES[case]
+    sample = collated(src_lens, tgt_lens)
+    batch = PackedBatch.of(sample, PAD)
+    views = batch.bucket.views(batch.buffer)
+    for tokens, positions, offsets, padded, lens in (
+            (views.source_tokens, views.source_positions, views.cu_source, sample["net_input"]["src_tokens"], src_lens),
+            (views.previous_tokens, views.target_positions, views.cu_target,
+             sample["net_input"]["prev_output_tokens"], tgt_lens),
+            (views.targets, views.target_positions, views.cu_target, sample["target"], tgt_lens)):
+        for b, length in enumerate(lens):
+            begin, end = offsets[b].item(), offsets[b + 1].item()
+            assert tokens[begin:end].tolist() == padded[b][padded[b] != PAD].tolist()
+            assert positions[begin:end].tolist() == list(range(length))
+        assert tokens[sum(lens):].eq(PAD).all()
+        assert offsets[-1] == tokens.numel() and offsets.diff().ge(0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whoever_asks_finds_a_key(case):
+    batch = PackedBatch.of(collated(*CASES[case]), PAD)
+    views = batch.bucket.views(batch.buffer)
+    source, target = views.cu_source.diff(), views.cu_target.diff()
+    assert source[target > 0].gt(0).all()
+    assert source.max() <= batch.bucket.width and target.max() <= batch.bucket.width
+
+
+def test_what_does_not_count_has_padding_for_target():
+    sample = collated([5, 6], [4, 6])
+    whole = PackedBatch.of(sample, PAD)
+    prefixed, dummy = PackedBatch.of(sample, PAD, ignore_prefix_size=2), PackedBatch.of(sample, PAD, counted=False)
+    targets = [b.bucket.views(b.buffer).targets[:10].tolist() for b in (whole, prefixed, dummy)]
+    assert targets[1] == [PAD, PAD, *targets[0][2:4], PAD, PAD, *targets[0][6:10]]
+    assert set(targets[2]) == {PAD}
+
+
+def test_views_of_a_buffer_do_not_overlap():
+    bucket = Bucket(64, 128, 16, 32)
+    buffer = torch.zeros(bucket.words, dtype=torch.int64)
+    for number, view in enumerate(bucket.views(buffer), start=1):
+        assert view.eq(0).all()
+        view.fill_(number)
+    assert [int(view[0]) for view in bucket.views(buffer)] == list(range(1, 9))
+
+
+def test_a_bucket_wastes_at_most_an_eighth():
+    for count in range(64, 5000, 7):
+        assert count <= round_up(count, 8) <= count + max(8, count / 8)
