@@ -18,7 +18,8 @@ import torch
 from lightseq_fairseq.model_file.contents import FORMAT_VERSION, pack, unpack
 from lightseq_fairseq.model_file.spec import DTYPES, ModelFile, ModelFileError
 
-__all__ = ["DTYPES", "FORMATS", "FORMAT_VERSION", "ModelFile", "ModelFileError", "format_of", "load", "save"]
+__all__ = ["DTYPES", "FORMATS", "FORMAT_VERSION", "ModelFile", "ModelFileError", "backend",
+           "format_of", "load", "save"]
 
 FORMATS = {"protobuf": (".pb", ".proto"), "hdf5": (".hdf5", ".h5")}
 """Formats and the suffixes that choose them."""
@@ -33,8 +34,8 @@ def format_of(path: str | os.PathLike[str], format: str | None = None) -> str:
     for name, suffixes in FORMATS.items():
         if Path(path).suffix.lower() in suffixes:
             return name
-    suffixes = ", ".join(suffix for group in FORMATS.values() for suffix in group)
-    raise ModelFileError(f"{path}: a model file must end in one of {suffixes}; rename it or name its format "
+    known = ", ".join(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+    raise ModelFileError(f"{path}: a model file must end in one of {known}; rename it or name its format "
                          f"({', '.join(FORMATS)})")
 
 
@@ -44,9 +45,9 @@ def load(path: str | os.PathLike[str], format: str | None = None) -> ModelFile:
     ``format`` is "protobuf" or "hdf5"; the suffix decides without it. ModelFileError, with the path, what was
     expected and what was found, for anything but a complete and consistent model.
     """
-    backend = _backend(format_of(path, format))
+    module = backend(format_of(path, format))
     try:
-        return unpack(backend.read(Path(path)))
+        return unpack(module.read(Path(path)))
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ModelFileError as error:
@@ -60,10 +61,10 @@ def save(model: ModelFile, path: str | os.PathLike[str], format: str | None = No
     The file appears under its name only when it is complete. ModelFileError if the model contradicts itself or does
     not fit the format.
     """
-    backend = _backend(format_of(path, format))
+    module = backend(format_of(path, format))
     unfinished = Path(f"{path}.tmp")
     try:
-        backend.write(pack(model, dtype), unfinished)
+        module.write(pack(model, dtype), unfinished)
         unfinished.replace(path)
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -73,6 +74,6 @@ def save(model: ModelFile, path: str | os.PathLike[str], format: str | None = No
         unfinished.unlink(missing_ok=True)
 
 
-def _backend(format: str) -> ModuleType:
+def backend(format: str) -> ModuleType:
     """The module that reads and writes ``format``, imported when first needed."""
     return importlib.import_module(f"lightseq_fairseq.model_file.{format}")

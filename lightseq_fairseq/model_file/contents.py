@@ -96,7 +96,7 @@ def pack(model: ModelFile, dtype: torch.dtype = torch.float32) -> Contents:
 def unpack(contents: Contents) -> ModelFile:
     """The model in ``contents``; ModelFileError if anything is missing, left over or of another size."""
     version = contents.conf.get("format_version", 0)
-    if version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ModelFileError(f"expected format version {FORMAT_VERSION} or older, got {version}; "
                              "install a newer lightseq-fairseq or export the model again with this one")
     if version < 0 or (version == 0) != (contents.extension is None):

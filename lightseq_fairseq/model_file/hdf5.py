@@ -121,7 +121,7 @@ def _members(group: Any) -> Iterator[tuple[str, Any]]:
     for name in group:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ModelFileError(f"{name} in {group.name} is a link to another place, which is not followed")
-        yield name, group[name]
+        yield str(name), group[name]
 
 
 def _attributes(item: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _attributes(item: Any) -> dict[str, Any]:
             raise ModelFileError(f"attribute {name} of {item.name} must be one number or a string of fixed length; "
                                  "export the file again")
         value = item.attrs[name].item()
-        values[name] = value.decode("utf-8") if isinstance(value, bytes) else value
+        values[str(name)] = value.decode("utf-8") if isinstance(value, bytes) else value
     return values
 
 
@@ -148,9 +148,8 @@ def write(contents: Contents, path: Path) -> None:
         for name, stored in contents.arrays.items():
             put(file, name, stored.read())
         if contents.arrays:
-            put_conf(file, {key: value for key, value in contents.conf.items() if key != "format_version"})
-            for stack, key in LAYERS.items():
-                file[f"model_conf/{key}"] = len(file[stack]) if stack in file else 0
+            counts = {key: len(file[stack]) if stack in file else 0 for stack, key in LAYERS.items()}
+            put_conf(file, {key: value for key, value in contents.conf.items() if key != "format_version"} | counts)
         if contents.extension:
             _write_own(file.create_group(OWN), contents.conf["format_version"], contents.extension)
 

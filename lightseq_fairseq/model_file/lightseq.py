@@ -1,8 +1,8 @@
-"""LightSeq's weights (bytedance/lightseq, lightseq/inference/proto/transformer.proto) and fairseq's, each from the other.
+"""LightSeq's weights (bytedance/lightseq, inference/proto/transformer.proto) and fairseq's, each from the other.
 
-LightSeq stores flat fp32 arrays: linear maps as [in, out], queries, keys and values side by side, the keys and values of
-all decoder layers together, token embeddings already scaled, the target's transposed, positions as a plain table. Its
-engine always normalises in front of a sublayer and once behind the last layer. A post-LN model whose embeddings are
+LightSeq stores flat fp32 arrays: linear maps as [in, out], queries, keys and values side by side, the keys and values
+of all decoder layers together, token embeddings already scaled, the target's transposed, positions as a plain table.
+Its engine always normalises in front of a sublayer and once behind the last layer. A post-LN model whose embeddings are
 normalised is the same chain of norms begun one earlier, so its norms move up by one place; other post-LN models, untied
 outputs and differing widths have no place in this format.
 """
@@ -10,7 +10,7 @@ outputs and differing widths have no place in this format.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,11 @@ MAX_STEP = 1024
 GELU = ("gelu_accurate", "gelu_fast", "gelu")
 """LightSeq's ``use_gelu``: its kernel computes the tanh form (the first two), its exporters use it for all."""
 
+QKV_WEIGHT = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
 ENCODER_LAYER = {
-    "multihead_project_kernel_qkv":    ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "multihead_project_bias_qkv":      ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "multihead_project_kernel_qkv":    QKV_WEIGHT,
+    "multihead_project_bias_qkv":      QKV_BIAS,
     "multihead_project_kernel_output": ("self_attn.out_proj.weight",),
     "multihead_project_bias_output":   ("self_attn.out_proj.bias",),
     "ffn_first_kernel":                ("fc1.weight",),
@@ -37,8 +39,8 @@ ENCODER_LAYER = {
     "ffn_second_bias":                 ("fc2.bias",),
 }
 DECODER_LAYER = {
-    "self_project_kernel_qkv":         ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "self_project_bias_qkv":           ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "self_project_kernel_qkv":         QKV_WEIGHT,
+    "self_project_bias_qkv":           QKV_BIAS,
     "self_project_kernel_output":      ("self_attn.out_proj.weight",),
     "self_project_bias_output":        ("self_attn.out_proj.bias",),
     "encdec_project_kernel_q":         ("encoder_attn.q_proj.weight",),
@@ -127,20 +129,27 @@ def infer_config(sizes: Mapping[str, int], conf: Mapping[str, Any], output_bias:
     layers = {side: len({path.split("/")[1] for path in sizes if path.startswith(f"{side}_stack/")})
               for side in NORMS}
     post = bool(conf.get("is_post_ln"))
-    start = int(conf.get("trg_start_id", 0))
+    heads, start = _integer(conf, "head_num"), _integer(conf, "trg_start_id")
     return TransformerConfig(
         src_vocab_size=src_vocab, tgt_vocab_size=tgt_vocab,
         encoder_layers=layers["encoder"], encoder_embed_dim=width, encoder_ffn_embed_dim=inner,
-        encoder_attention_heads=int(conf.get("head_num", 0)),
+        encoder_attention_heads=heads,
         decoder_layers=layers["decoder"], decoder_embed_dim=width, decoder_ffn_embed_dim=inner,
-        decoder_attention_heads=int(conf.get("head_num", 0)),
+        decoder_attention_heads=heads,
         activation_fn="gelu_accurate" if conf.get("use_gelu") else "relu",
         encoder_normalize_before=not post, decoder_normalize_before=not post, layernorm_embedding=post,
         encoder_positions="learned", decoder_positions="learned",
         max_source_positions=src_positions, max_target_positions=tgt_positions,
         no_scale_embedding=bool(conf.get("no_scale_embedding")), share_decoder_input_output_embed=True,
-        output_bias=output_bias, bos=start, pad=int(conf.get("src_padding_id", 0)),
-        eos=int(conf.get("trg_end_id", 0)) or tgt_vocab - 1, unk=min(3, tgt_vocab - 1), decoder_start=start)
+        output_bias=output_bias, bos=start, pad=_integer(conf, "src_padding_id"),
+        eos=_integer(conf, "trg_end_id") or tgt_vocab - 1, unk=min(3, tgt_vocab - 1), decoder_start=start)
+
+
+def _integer(conf: Mapping[str, Any], key: str) -> int:
+    value = conf.get(key, 0)
+    if not isinstance(value, int):
+        raise ModelFileError(f"model_conf/{key} must be an integer, got {value!r}")
+    return value
 
 
 def layout(config: TransformerConfig, foreign: bool = False) -> dict[str, Piece]:
@@ -186,16 +195,21 @@ def _norms(config: TransformerConfig) -> Iterator[tuple[str, str]]:
             yield f"{place}_bias", f"{norm}.bias"
 
 
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Weights (out, in) as flat [in, out + out + ...]; vectors end to end."""
+    return torch.cat([_fp32(part).t() for part in parts], dim=-1).flatten()
+
+
 def _linear_piece(names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> Piece:
-    """Weights (out, in) side by side as [in, out + out + ...]; vectors end to end."""
+    """The array that :func:`side_by_side` makes of these tensors."""
     outs = [shapes[name][0] for name in names]
     inputs = shapes[names[0]][1:]
 
     def pack(tensors: Mapping[str, Tensor]) -> Tensor:
-        return _fp32(torch.cat([tensors[name].detach().t() for name in names], dim=-1)).flatten()
+        return side_by_side([tensors[name] for name in names])
 
     def unpack(array: Tensor) -> dict[str, Tensor]:
-        parts = array.view(*inputs, sum(outs)).split(outs, dim=-1)  # [in, sum(out)] -> [in, out] each
+        parts = torch.split(array.view(*inputs, sum(outs)), outs, dim=-1)  # [in, sum(out)] -> [in, out] each
         return {name: part.t().clone(memory_format=torch.contiguous_format)
                 for name, part in zip(names, parts, strict=True)}
 

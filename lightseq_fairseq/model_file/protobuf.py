@@ -28,7 +28,7 @@ LIMIT = 2**31 - 1
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
-def message_class(name: str, floats_as_bytes: bool = True) -> type[Any]:
+def message_class(name: str, floats_as_bytes: bool = True) -> Any:
     """A message of ``lightseq.proto``; ``floats_as_bytes`` turns each ``repeated float`` into ``bytes``."""
     pool = descriptor_pool.DescriptorPool()
     pool.Add(_schema(floats_as_bytes))
@@ -132,8 +132,7 @@ def write(contents: Contents, path: Path) -> None:
     if total <= LIMIT:
         for name, stored in contents.arrays.items():
             put(message, name, stored.read())
-        for key, value in contents.conf.items():
-            setattr(message.model_conf, key, value)
+        put_conf(message, contents.conf)
         if extension:
             _fill_extension(message.extension, extension)
         data = message.SerializeToString()
@@ -157,6 +156,12 @@ def put(message: Any, path: str, values: Tensor) -> None:
         setattr(part, name, values.numpy().tobytes())
     else:
         getattr(part, name)[:] = values.tolist()
+
+
+def put_conf(message: Any, conf: dict[str, Any]) -> None:
+    """Set fields of ``model_conf``."""
+    for key, value in conf.items():
+        setattr(message.model_conf, key, value)
 
 
 def _fill_extension(message: Any, extension: Extension) -> None:

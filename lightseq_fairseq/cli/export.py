@@ -1,0 +1,73 @@
+"""``lightseq-export``: fairseq checkpoints in, one model file out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lightseq_fairseq.export import from_checkpoints
+from lightseq_fairseq.model_file import FORMATS, ModelFile, ModelFileError, format_of, save
+from lightseq_fairseq.model_file.lightseq import obstacles
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightseq-export", description="Turn a fairseq checkpoint (transformer* or ls_transformer*) into a model "
+        "file for lightseq-generate, lightseq_fairseq.inference and, where its format can express the model, LightSeq.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt; several with --average")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE",
+                        help="the model file; .pb is protobuf, .hdf5 is HDF5")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="format of FILE whatever its suffix")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights (default: fp32)")
+    parser.add_argument("--data-bin", metavar="DIR",
+                        help="folder with dict.<lang>.txt (default: the one that the checkpoint was trained on)")
+    parser.add_argument("-s", "--source-lang", metavar="LANG", help="default: as in the checkpoint")
+    parser.add_argument("-t", "--target-lang", metavar="LANG", help="default: as in the checkpoint")
+    parser.add_argument("--average", action="store_true", help="export the mean of the checkpoints' weights")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns 0, or 2 after one sentence on stderr about what is wrong."""
+    args = argument_parser().parse_args(argv)
+    started = time.perf_counter()
+    try:
+        format = format_of(args.output, args.format)
+        model = from_checkpoints(args.checkpoints, args.data_bin, args.average, args.source_lang, args.target_lang,
+                                 progress=_progress_bar)
+        save(model, args.output, format, DTYPES[args.dtype])
+    except ModelFileError as error:
+        print(f"lightseq-export: error: {error}", file=sys.stderr)
+        return 2
+    print(summary(model, Path(args.output), format, args.dtype, time.perf_counter() - started))
+    return 0
+
+
+def _progress_bar(paths: Sequence[Any]) -> Iterable[Any]:
+    """The checkpoints, with a bar on a terminal."""
+    return tqdm(paths, desc="reading", unit="checkpoint", disable=None, leave=False)
+
+
+def summary(model: ModelFile, path: Path, format: str, dtype: str, seconds: float) -> str:
+    """What was written, for the person at the terminal."""
+    config = model.config
+    distinct = {id(tensor): tensor.numel() for tensor in model.tensors.values()}
+    reasons = obstacles(config) if dtype == "fp32" else [f"weights are {dtype}"]
+    lightseq = f"not readable by LightSeq: {', '.join(reasons)}" if reasons else "readable by LightSeq too"
+    return (f"{path}: {format}, {path.stat().st_size / 1e6:.1f} MB, {len(distinct)} tensors in {dtype}, "
+            f"{sum(distinct.values()) / 1e6:.1f} M parameters, {config.encoder_layers}+{config.decoder_layers} layers, "
+            f"{model.source_lang}-{model.target_lang}, {config.src_vocab_size} + {config.tgt_vocab_size} types, "
+            f"{seconds:.1f} s ({lightseq})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
