@@ -1,0 +1,239 @@
+"""The decoding loop: a model's logits, rules on them, a search strategy, and the beams that go on.
+
+The result is fairseq's: hypotheses are complete when eos is among the K best of the 2K candidates of a step; a
+sentence is finished with K complete hypotheses or at its length limit; the rest of the candidates fill the beams.
+B sentences, K beams, R rows (K, or 1 at the first step), V target types, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightseq_fairseq.generator.hypotheses import History, Hypothesis, Ranking, Step, align
+from lightseq_fairseq.generator.logits import (
+    ForcedTokens,
+    MinLength,
+    NoRepeatNgram,
+    Rule,
+    TokenPenalties,
+    log_probabilities,
+)
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.sampling import Sampling
+from lightseq_fairseq.generator.search import (
+    BeamSearch,
+    Candidates,
+    DiverseBeamSearch,
+    LengthMatchedSearch,
+    SearchStrategy,
+)
+from lightseq_fairseq.generator.sequence_model import SequenceModel
+
+_WORTH_LEAVING = 0.75
+"""Finished sentences leave the batch once no more than this part of it is live; leaving copies the caches."""
+
+
+@torch.no_grad()
+def decode(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
+           prefix_tokens: Tensor | None = None, max_lens: Sequence[int] | None = None,
+           generator: torch.Generator | None = None) -> list[list[Hypothesis]]:
+    """Translate a batch: for each sentence up to ``options.nbest`` hypotheses, best first.
+
+    ``models`` is an ensemble, usually of one. ``src_tokens`` are 1-D int64 sentences, eos included, without pads.
+    ``prefix_tokens`` (B, P) int64 must come first in the target, pad where a prefix is shorter. ``max_lens``
+    replaces the length limits that the options give each sentence. ``generator`` draws samples instead of
+    ``options.seed``. Raises :class:`GenerationError`.
+    """
+    if not len(src_tokens):
+        return []
+    if max_lens is None:
+        max_lens = length_limits(models, src_tokens, options)
+    _check(models, src_tokens, options, prefix_tokens, max_lens)
+    return _Decoding(models, src_tokens, options, prefix_tokens, max_lens, generator).run()
+
+
+def length_limits(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor],
+                  options: GenerationOptions) -> list[int]:
+    """The step at which each sentence must end, see ``GenerationOptions.max_len_a``."""
+    if options.match_source_len:
+        return [len(sentence) for sentence in src_tokens]
+    most = min(model.config.max_target_positions for model in models) - 1
+    return [min(int(options.max_len_a * len(sentence) + options.max_len_b), most) for sentence in src_tokens]
+
+
+class Continuation:
+    """Which candidates of a step are complete and which go on; remembers beams that have nothing left to do.
+
+    A beam is idle when its sentence had fewer than K candidates that go on: after sampling eos, or with a vocabulary
+    hardly larger than the beam. Idle beams come last and yield no hypotheses.
+    """
+
+    def __init__(self, beam: int, eos: int) -> None:
+        self.beam, self.eos = beam, eos
+        self.idle: Tensor | None = None  # (B, K) bool
+
+    def __call__(self, candidates: Candidates) -> Step:
+        """Candidates (B, C), best first, C >= K."""
+        scores, tokens, beams = candidates
+        first = slice(self.beam)
+        stops = (tokens == self.eos) & (scores != -torch.inf)
+        ended = stops[:, first]
+        if self.idle is not None:
+            ended = ended & ~self.idle
+            stops[:, first] |= self.idle
+        stops, order = stops.sort(dim=1, stable=True)  # those that go on come first, otherwise in their order
+        order = order[:, first]
+        if self.idle is not None or tokens.size(1) < 2 * self.beam:
+            self.idle = stops[:, first]
+        return Step(ended, scores[:, first], beams[:, first],
+                    tokens.gather(1, order), beams.gather(1, order), scores.gather(1, order))
+
+    def keep(self, sentences: Tensor) -> None:
+        """(B',) int64: only these sentences go on."""
+        if self.idle is not None:
+            self.idle = self.idle[sentences]
+
+
+class _Decoding:
+    """One batch on its way."""
+
+    def __init__(self, models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
+                 prefix_tokens: Tensor | None, max_lens: Sequence[int], generator: torch.Generator | None) -> None:
+        config, self.device = models[0].config, models[0].device
+        self.config, self.options, self.src_tokens, self.max_lens = config, options, src_tokens, max_lens
+        self.beam = min(options.beam, config.tgt_vocab_size - 1)  # pad is never chosen
+        self.states = [model.encode(src_tokens, self.beam, max(max_lens) + 1) for model in models]
+        self.need_attention = options.return_attention or options.return_alignment
+        self.limits = torch.tensor(max_lens, device=self.device)
+        self.complete = torch.zeros(len(src_tokens), dtype=torch.int64, device=self.device)  # hypotheses so far
+        self.history = History(len(src_tokens), self.beam, self.device)
+        self.continuation = Continuation(self.beam, config.eos)
+        self.search = _search_strategy(options, self.beam, config.eos, src_tokens, self.device, generator)
+        self.penalties = TokenPenalties(config.pad, config.unk, options.unkpen, self.device)
+        self.rules: list[Rule] = [MinLength(options.min_len, config.eos)]
+        if options.no_repeat_ngram_size:
+            self.rules.append(NoRepeatNgram(options.no_repeat_ngram_size, config.pad))
+        prefix = None if prefix_tokens is None else prefix_tokens.to(self.device)
+        self.forced = ForcedTokens(self.limits, prefix, config.pad, config.eos)
+
+    def run(self) -> list[list[Hypothesis]]:
+        tokens = torch.full((len(self.src_tokens), 1), self.config.start, device=self.device)
+        scores = None
+        for step in range(max(self.max_lens) + 1):
+            lprobs, attention = self._log_probabilities(step, tokens)
+            candidates = self.forced.close(step, self.search(step, lprobs, scores))
+            chosen = self.continuation(candidates)
+            self.history.append(chosen, attention)
+            tokens, scores = chosen.tokens, chosen.scores
+            live = self._count_live(step, chosen.ended)
+            if live == 0:
+                break
+            for state in self.states:
+                state.reorder(chosen.parents)
+            for rule in self.rules:
+                rule.advance(tokens, chosen.parents)
+            if live <= _WORTH_LEAVING * len(tokens):
+                tokens, scores = self._leave(tokens, scores)
+        return self._hypotheses()
+
+    def _log_probabilities(self, step: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What may follow the newest tokens (B, R): (B, R, V), and the attention (B, R, S)."""
+        logits, attentions = zip(*(state.step(tokens, self.need_attention) for state in self.states), strict=True)
+        lprobs = log_probabilities(logits, self.options.temperature)
+        self.penalties(lprobs)
+        forced = self.forced.take(step, lprobs)
+        for rule in self.rules:
+            rule(step, lprobs)
+        if forced is not None:
+            self.forced.put(step, lprobs, forced)
+        attention = attentions[0]
+        if len(attentions) > 1 and attention is not None:
+            attention = torch.stack(attentions).sum(0).div_(len(attentions))
+        return lprobs, attention
+
+    def _count_live(self, step: int, ended: Tensor) -> int:
+        """Sentences that are not finished; the one value that the host reads of a step."""
+        self.complete += ended.sum(1)
+        if step in self.max_lens:
+            self.complete[self.limits <= step] = self.beam
+        return int((self.complete < self.beam).sum())
+
+    def _leave(self, tokens: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Drop the finished sentences from everything that goes on."""
+        live = (self.complete < self.beam).nonzero()[:, 0]
+        for state in self.states:
+            state.keep(live)
+        for rule in self.rules:
+            rule.keep(live)
+        for follower in (self.search, self.continuation, self.forced, self.history):
+            follower.keep(live)
+        self.complete, self.limits = self.complete[live], self.limits[live]
+        return tokens[live], scores[live]
+
+    def _hypotheses(self) -> list[list[Hypothesis]]:
+        """Those of the whole batch, ranked."""
+        options = self.options
+        source_lens = np.array([len(sentence) for sentence in self.src_tokens])
+        ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None)
+        found = self.history.best(self.max_lens, ranking, options.nbest, self.config.eos)
+        for sentence, hypotheses in enumerate(found):
+            if not hypotheses:
+                raise GenerationError(f"sentence {sentence} has no hypothesis because the model's probabilities are "
+                                      "not numbers (NaN); use --fp32 if it was run in fp16, or another checkpoint")
+            if self.need_attention:
+                found[sentence] = [self._finish(h, self.src_tokens[sentence].cpu()) for h in hypotheses]
+        return found
+
+    def _finish(self, hypothesis: Hypothesis, source: Tensor) -> Hypothesis:
+        """Cut the attention to the source's length and add the alignment, as asked for."""
+        assert hypothesis.attention is not None
+        attention = hypothesis.attention[:, :len(source)]
+        pairs = None
+        if self.options.return_alignment:
+            pairs = align(attention, self._words(source), self._words(hypothesis.tokens))
+        return replace(hypothesis, attention=attention if self.options.return_attention else None, alignment=pairs)
+
+    def _words(self, tokens: Tensor) -> Tensor:
+        """Which tokens are neither eos nor pad."""
+        return (tokens != self.config.eos) & (tokens != self.config.pad)
+
+
+def _search_strategy(options: GenerationOptions, beam: int, eos: int, src_tokens: Sequence[Tensor],
+                     device: torch.device, generator: torch.Generator | None) -> SearchStrategy:
+    """What the options ask for."""
+    if options.sampling:
+        if generator is None and options.seed is not None:
+            generator = torch.Generator(device).manual_seed(options.seed)
+        return Sampling(beam, options.sampling_topk, options.sampling_topp, generator)
+    if options.diverse_beam_groups:
+        return DiverseBeamSearch(beam, options.diverse_beam_groups, options.diverse_beam_strength)
+    if options.match_source_len:
+        return LengthMatchedSearch(beam, eos, torch.tensor([len(s) for s in src_tokens], device=device))
+    return BeamSearch(beam, options.diversity_rate)
+
+
+def _check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
+           prefix_tokens: Tensor | None, max_lens: Sequence[int]) -> None:
+    """GenerationError naming everything that does not fit together."""
+    batch, wrong = len(src_tokens), []
+    for name in ("tgt_vocab_size", "pad", "eos", "unk", "start"):
+        values = sorted({getattr(model.config, name) for model in models})
+        if len(values) > 1:
+            wrong.append(f"the models of an ensemble must have one {name}, got {values}")
+    empty = [i for i, sentence in enumerate(src_tokens) if not len(sentence)]
+    if empty:
+        wrong.append(f"sentences {empty} have no tokens, not even the eos that ends every source sentence")
+    if prefix_tokens is not None and (prefix_tokens.dim() != 2 or len(prefix_tokens) != batch):
+        wrong.append(f"prefix_tokens must have shape ({batch}, P), got {tuple(prefix_tokens.shape)}")
+    if len(max_lens) != batch:
+        wrong.append(f"max_lens must have one entry for each of {batch} sentences, got {len(max_lens)}")
+    if min(max_lens) < options.min_len:
+        wrong.append(f"min_len {options.min_len} exceeds the longest output allowed to a sentence, {min(max_lens)}: "
+                     "lower min_len or raise max_len_a or max_len_b")
+    if wrong:
+        raise GenerationError("; ".join(wrong))

@@ -1,0 +1,199 @@
+"""What decoding returns, and how it is read off the record of the steps.
+
+During decoding nothing is copied: each step leaves its small tensors behind. At the end they are stacked, moved to
+the host once, and the best hypotheses are followed back from their last token to their first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One way to say it, on the CPU; T counts its tokens, eos included, S those of the source."""
+
+    tokens: Tensor
+    """(T,) int64, eos last."""
+    score: float
+    """What hypotheses are ranked by, see ``GenerationOptions.lenpen``."""
+    positional_scores: Tensor
+    """(T,) fp32: log-probability of each token, the search's penalties included."""
+    attention: Tensor | None = None
+    """(T, S) fp32: the last decoder layer's, averaged over heads and models."""
+    alignment: list[tuple[int, int]] | None = None
+    """(source word, target word) where each target word's attention is largest; special tokens are no words."""
+
+
+class Step(NamedTuple):
+    """What one step decided for the live sentences, (B', K) each."""
+
+    ended: Tensor
+    """bool: which of the K best candidates are complete hypotheses,"""
+    totals: Tensor
+    """their cumulative scores, fp32,"""
+    beams: Tensor
+    """and the beams that they end, int64."""
+    tokens: Tensor
+    """int64: the new token of each beam that goes on,"""
+    parents: Tensor
+    """the beam that it continues, int64,"""
+    scores: Tensor
+    """and its cumulative score, fp32."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How complete hypotheses are scored; see :class:`GenerationOptions`."""
+
+    lenpen: float = 1.0
+    normalize: bool = True
+    longest: Ints | None = None
+    """(B,): a hypothesis whose last step lies beyond is a stopgap and scores -inf."""
+
+    def scores(self, pool: Pool) -> Floats:
+        """(N,) fp32, of N hypotheses."""
+        scores = pool.totals
+        if self.normalize:
+            scores = scores / np.power(pool.steps + 1.0, self.lenpen).astype(np.float32)
+        if self.longest is not None:
+            scores = np.where(pool.steps > self.longest[pool.sentences], np.float32(-np.inf), scores)
+        return scores
+
+
+class Pool(NamedTuple):
+    """N complete hypotheses, in the order of sentences and, within one, of completion."""
+
+    sentences: Ints
+    steps: Ints
+    """Index of the last token."""
+    beams: Ints
+    """The beam that it ends."""
+    totals: Floats
+    """Sum of log-probabilities."""
+
+    def chosen(self, order: npt.NDArray[np.intp]) -> Pool:
+        """These rows."""
+        return Pool(self.sentences[order], self.steps[order], self.beams[order], self.totals[order])
+
+    def best(self, scores: Floats, nbest: int) -> npt.NDArray[np.intp]:
+        """Rows of the ``nbest`` of each sentence, best first; the earlier first where scores are equal."""
+        order = np.lexsort((np.arange(scores.size), -scores, self.sentences))
+        return order[_rank_within(self.sentences) < nbest]
+
+
+class History:
+    """The steps of one batch of B sentences with K beams. Sentences may leave; they have no later steps."""
+
+    def __init__(self, batch: int, beam: int, device: torch.device) -> None:
+        self.batch, self.beam = batch, beam
+        self.live = torch.arange(batch, device=device)
+        self.steps: list[Step] = []
+        self.attention: list[Tensor] = []
+        self._closed: list[tuple[Tensor, list[Step], list[Tensor]]] = []
+
+    def append(self, step: Step, attention: Tensor | None) -> None:
+        """Remember a step, and the attention (B', R, S) of the beams as they were before it."""
+        self.steps.append(step)
+        if attention is not None:
+            self.attention.append(attention.expand(-1, self.beam, -1))
+
+    def keep(self, sentences: Tensor) -> None:
+        """Of the live sentences only these, (B',) int64, go on."""
+        self._closed.append((self.live, self.steps, self.attention))
+        self.live, self.steps, self.attention = self.live[sentences], [], []
+
+    def best(self, last_steps: Sequence[int], ranking: Ranking, nbest: int,
+             eos: int) -> list[list[Hypothesis]]:
+        """The ``nbest`` hypotheses of each sentence, best first; nothing after its ``last_steps`` counts."""
+        self.keep(self.live[:0])
+        record = [self._table([[step[i] for step in steps] for _, steps, _ in self._closed]).cpu().numpy()
+                  for i in range(len(Step._fields))]
+        pool = _pool(record, np.asarray(last_steps), self.beam)
+        scores = ranking.scores(pool)
+        order = pool.best(scores, nbest)
+        pool, scores = pool.chosen(order), scores[order]
+        tokens, positional, path = _follow_back(pool, record, eos)
+        attention = self._attention_along(path, pool.sentences)
+        found: list[list[Hypothesis]] = [[] for _ in range(self.batch)]
+        for row, (sentence, step) in enumerate(zip(pool.sentences.tolist(), pool.steps.tolist(), strict=True)):
+            found[sentence].append(Hypothesis(
+                tokens[row, :step + 1], float(scores[row]), positional[row, :step + 1],
+                None if attention is None else attention[row, :step + 1]))
+        return found
+
+    def _table(self, columns: list[list[Tensor]]) -> Tensor:
+        """Tensors (B', K, ...) of each stretch of steps -> (T, B, K, ...), 0 where a sentence had left."""
+        first = next(column[0] for column in columns if column)
+        table = first.new_zeros(sum(map(len, columns)), self.batch, *first.shape[1:])
+        start = 0
+        for column, (live, _, _) in zip(columns, self._closed, strict=True):
+            if column:
+                table[start:start + len(column), live] = torch.stack(column)
+                start += len(column)
+        return table
+
+    def _attention_along(self, path: Ints, sentences: Ints) -> Tensor | None:
+        """(N, T, S): the attention of the beams that each hypothesis went through."""
+        columns = [attention for _, _, attention in self._closed]
+        if not any(columns):
+            return None
+        table = self._table(columns)  # (T, B, K, S)
+        steps, rows, beams = (torch.from_numpy(index).to(table.device)
+                              for index in (np.arange(path.shape[1]), sentences[:, None], path))
+        return table[steps, rows, beams].float().cpu()
+
+
+def _pool(record: list[Array], last_steps: Ints, beam: int) -> Pool:
+    """The hypotheses that count: the first ``beam`` of each sentence that end no later than its last step."""
+    ended, totals, beams = record[:3]  # (T, B, K) each
+    in_time = np.arange(ended.shape[0])[:, None] <= last_steps
+    sentences, steps, ranks = (ended & in_time[..., None]).transpose(1, 0, 2).nonzero()
+    pool = Pool(sentences, steps, beams[steps, sentences, ranks], totals[steps, sentences, ranks])
+    return pool.chosen((_rank_within(sentences) < beam).nonzero()[0])
+
+
+def _rank_within(groups: Ints) -> Ints:
+    """0, 1, 2... within each run of equal values: [4, 4, 7] -> [0, 1, 0]."""
+    return np.arange(groups.size) - np.searchsorted(groups, groups)
+
+
+def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Tensor, Tensor, Ints]:
+    """Tokens, their own scores, and the beam that each was chosen for, (N, T); meaningless after the last step."""
+    _, _, _, tokens, parents, scores = record  # (T, B, K) each
+    count = int(pool.steps.max(initial=-1)) + 1
+    path = np.empty((count, pool.steps.size), np.int64)
+    found, totals = np.empty_like(path), np.empty(path.shape, np.float32)
+    beams = pool.beams
+    for step in reversed(range(count)):
+        found[step] = tokens[step, pool.sentences, beams]
+        totals[step] = scores[step, pool.sentences, beams]
+        beams = np.where(pool.steps > step, parents[step, pool.sentences, beams], beams)
+        path[step] = beams
+    rows = np.arange(pool.steps.size)
+    found[pool.steps, rows], totals[pool.steps, rows] = eos, pool.totals
+    with np.errstate(invalid="ignore"):  # idle beams, followed beyond the last step
+        totals[1:] -= totals[:-1].copy()
+    return torch.from_numpy(found.T.copy()), torch.from_numpy(totals.T.copy()), path.T
+
+
+def align(attention: Tensor, source_words: Tensor, target_words: Tensor) -> list[tuple[int, int]]:
+    """For each target word the source word of largest attention; words are counted from 0 on each side.
+
+    ``attention`` (T, S); ``source_words`` (S,) and ``target_words`` (T,) bool tell words from special tokens.
+    """
+    if not source_words.any():
+        return []
+    nearest = attention[target_words][:, source_words].argmax(1).tolist()
+    return [(source, target) for target, source in enumerate(nearest)]
