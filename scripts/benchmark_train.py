@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Time training steps of stock fairseq and of ours, in one run on one machine, on the same batches.
+
+    python scripts/benchmark_train.py DATA_BIN [--cases base-512,base-4096,base-16384,big-4096] [--dtype fp16]
+
+DATA_BIN is a fairseq-preprocess folder with a joined dictionary. Steady state: both have seen every batch shape before
+the clock starts. Results go to scripts/results/train.json and train.png: milliseconds an update, target words a
+second, peak GPU memory, and the ratio to stock fairseq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results"
+ARCHITECTURES = {"base": "transformer_wmt_en_de", "big": "transformer_wmt_en_de_big"}
+CONTENDERS = ("fairseq", "lightseq")
+
+
+def training_arguments(contender: str, case: str, data: str, dtype: str) -> list[str]:
+    """The command line of one contender; only the three names differ."""
+    size, max_tokens = case.split("-")
+    prefix = "ls_" if contender == "lightseq" else ""
+    precision = {"fp16": ["--fp16"], "bf16": ["--bf16"], "fp32": []}[dtype]
+    return [data, "--task", "translation", "--arch", prefix + ARCHITECTURES[size], "--share-all-embeddings",
+            "--dropout", "0.1", "--criterion", prefix + "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
+            "--optimizer", prefix + "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4",
+            "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4000", "--clip-norm", "0.0",
+            "--max-tokens", max_tokens, "--fp16-init-scale", "128", "--no-progress-bar", "--num-workers", "0",
+            *precision, *([] if torch.cuda.is_available() else ["--cpu"])]
+
+
+def build_trainer(contender: str, arguments: list[str]) -> tuple[Any, list[Any]]:
+    """The trainer that the contender's command would make, and the batches of its first epoch."""
+    from fairseq import options, tasks, utils
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq.trainer import Trainer
+
+    import lightseq_fairseq.plugin  # noqa: F401
+    from lightseq_fairseq.plugin.ls_trainer import LSTrainer
+
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
+    utils.set_torch_seed(1)
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset("train")
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    trainer = (LSTrainer if contender == "lightseq" else Trainer)(cfg, task, model, criterion)
+    batches = list(trainer.get_train_iterator(epoch=1, load_dataset=False).next_epoch_itr(shuffle=True))
+    trainer.begin_epoch(1)
+    return trainer, batches
+
+
+def run_steps(trainer: Any, batches: list[Any]) -> float:
+    """Seconds for one update on each batch, all of them finished."""
+    from fairseq.logging import metrics
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    with metrics.aggregate("benchmark", new_root=True):
+        for batch in batches:
+            trainer.train_step([batch])
+        if hasattr(trainer, "finish_steps"):
+            trainer.finish_steps()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def measure(contender: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table."""
+    trainer, batches = build_trainer(contender, training_arguments(contender, case, args.data, args.dtype))
+    batches = batches[:args.steps]
+    run_steps(trainer, batches)
+    run_steps(trainer, batches)  # whatever the first time has only prepared is done the second time
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(run_steps(trainer, batches) for _ in range(args.repeats))
+    if contender == "lightseq" and torch.cuda.is_available() and trainer._whole_step() is None:
+        raise SystemExit(f"{case}: steps were not taken as graphs ({trainer._reason})")
+    words = sum(int(batch["ntokens"]) for batch in batches)
+    row = {"case": f"{case}-{args.dtype}", "contender": contender, "ms": round(seconds / len(batches) * 1e3, 3),
+           "target_tokens": words // len(batches), "wps": round(words / seconds)}
+    if torch.cuda.is_available():
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were taken on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({platform.processor()})"
+    return {"gpu": gpu, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of milliseconds an update, on a log scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(figsize=(1.6 * len(cases) + 2, 4), layout="constrained")
+    for offset, contender in enumerate(CONTENDERS):
+        heights = [next(r["ms"] for r in rows if (r["case"], r["contender"]) == (case, contender)) for case in cases]
+        bars = axes.bar([i + 0.4 * offset for i in range(len(cases))], heights, 0.38, label=contender)
+        axes.bar_label(bars, fmt="%.1f")
+    axes.set(yscale="log", ylabel="ms an update", title=title)
+    axes.set_xticks([i + 0.2 for i in range(len(cases))], cases)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="fairseq-preprocess folder")
+    parser.add_argument("--cases", default="base-512,base-4096,base-16384,big-4096")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
+    parser.add_argument("--steps", type=int, default=40, help="batches, the same for both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    logging.disable(logging.INFO)
+    rows = []
+    for case in args.cases.split(","):
+        pair = {}
+        for contender in args.contenders.split(","):
+            row = pair[contender] = measure(contender, case, args)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        if len(pair) == len(CONTENDERS):
+            ratio = pair["fairseq"]["ms"] / pair["lightseq"]["ms"]
+            pair["lightseq"]["ratio"] = round(ratio, 2)
+            print(f"{case}: {ratio:.2f} times as fast as stock fairseq", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = machine()
+    (args.out / "train.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if all("ratio" in row for row in rows if row["contender"] == "lightseq"):
+        plot(rows, args.out / "train.png", f"{about['gpu']}, torch {about['torch']}, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()
