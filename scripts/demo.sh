@@ -45,5 +45,5 @@ sacrebleu corpus/test.de -i translation.txt -m bleu --format text
 bleu=$(sacrebleu corpus/test.de -i translation.txt -m bleu -b)
 awk -v bleu="$bleu" 'BEGIN { exit !(bleu >= 60) }' || fail "BLEU is $bleu, at least 60 was expected: see $out/train.log"
 awk -v ours="$(sentences_per_second generate.log)" -v theirs="$(sentences_per_second fairseq-generate.log)" 'BEGIN {
-  printf "lightseq-generate %.1f sentences/s, fairseq-generate %.1f sentences/s on the same checkpoint: %.1f times as fast\n",
+  printf "lightseq-generate %.1f sentences/s, fairseq-generate on the same checkpoint %.1f: %.1f times as fast\n",
     ours, theirs, ours / theirs }'

@@ -30,8 +30,8 @@ def fetch(url: str, file: Path) -> None:
                 while block := answer.read(BLOCK):
                     out.write(block)
                     bar.update(len(block))
-            if size and part.stat().st_size != size:
-                raise OSError(f"got {part.stat().st_size} of {size} bytes")
+        if size and part.stat().st_size != size:
+            raise OSError(f"got {part.stat().st_size} of {size} bytes")
     except (OSError, urllib.error.URLError) as error:
         sys.exit(f"download: {url} could not be fetched ({error}): check the network and run this again, or fetch it "
                  f"by other means and put it at {file}")

@@ -31,7 +31,7 @@ progress() {
   fi
   printf '%s: failed\n' "$message" >&2
   tail -n 15 "$log" >&2
-  if tail -n 40 "$log" | grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError'; then
+  if tail -n 40 "$log" | grep -qE 'NewConnection|NameResolution|Timeout|ProxyError|wheel \(from versions: none'; then
     fail "pip cannot reach its package index: check the network, or name a mirror in PIP_INDEX_URL, and run this again"
   fi
   fail "the step above failed (all of its output: $log); mend the cause and run this again, it goes on from here"
@@ -42,7 +42,7 @@ python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; 
 check_machine() {
   local python=$1 version
   command -v "$python" >/dev/null ||
-    fail "no $python here: install Python 3.10 to 3.13 (Debian: apt install python3-venv python3-dev) or name one in PYTHON="
+    fail "no $python here: install Python 3.10 to 3.13 (Debian: apt install python3-venv python3-dev) or name it in PYTHON="
   version=$(python_version "$python") || fail "$python does not run: name a Python 3.10 to 3.13 in PYTHON="
   case $version in
     3.10 | 3.11 | 3.12 | 3.13) ;;
@@ -53,14 +53,14 @@ check_machine() {
   "$python" -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
     fail "$python has no C headers, and fairseq needs them: install them (Debian: apt install python$version-dev)"
   command -v "${CXX:-c++}" >/dev/null ||
-    fail "no C++ compiler (${CXX:-c++}), and fairseq needs one: install it (Debian: apt install g++) or name one in CXX="
+    fail "no C++ compiler ${CXX:-c++}, and fairseq needs one: install it (Debian: apt install g++) or name one in CXX="
 }
 
 # The CPU build of torch is a fraction of the CUDA one's size: taken where there is no NVIDIA GPU and its index answers.
 install_torch() {
   local index=() cpu_index=https://download.pytorch.org/whl/cpu
   if ! nvidia-smi -L && "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=4)' \
-    "$cpu_index/torch/"; then
+    "$cpu_index/torch/" 2>/dev/null; then
     index=(--extra-index-url "$cpu_index")
   fi
   "$venv/bin/python" -m pip install --upgrade pip setuptools wheel cython &&
