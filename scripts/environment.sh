@@ -42,7 +42,7 @@ python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; 
 check_machine() {
   local python=$1 version
   command -v "$python" >/dev/null ||
-    fail "no $python here: install Python 3.10 to 3.13 (Debian: apt install python3-venv python3-dev) or name it in PYTHON="
+    fail "no $python here: install Python 3.10 to 3.13 (Debian: apt install python3-venv python3-dev) or set PYTHON="
   version=$(python_version "$python") || fail "$python does not run: name a Python 3.10 to 3.13 in PYTHON="
   case $version in
     3.10 | 3.11 | 3.12 | 3.13) ;;
