@@ -30,19 +30,25 @@ class LSLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
                 reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         """Loss summed over tokens (one for each token unless ``reduce``), sample size, values to log."""
         logits, targets = self.logits_and_targets(model, sample)
+        n_correct = self.count_correct(logits, targets) if self.report_accuracy else None  # before they are overwritten
         if reduce:
-            loss, nll_loss = label_smoothed_cross_entropy(logits, targets, self.eps, self.padding_idx)
+            packed = getattr(model, "supports_packed_output", False)  # no one else sees these logits
+            loss, nll_loss = label_smoothed_cross_entropy(logits, targets, self.eps, self.padding_idx,
+                                                          overwrite_logits=packed)
         else:
             loss, nll_loss = label_smoothed_nll_loss(torch.log_softmax(logits, -1, dtype=torch.float32), targets,
                                                      self.eps, ignore_index=self.padding_idx, reduce=False)
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {"loss": loss.detach(), "nll_loss": nll_loss.detach(), "ntokens": sample["ntokens"],
                           "nsentences": sample["target"].size(0), "sample_size": sample_size}
-        if self.report_accuracy:
-            counted = targets != self.padding_idx
-            logging_output["n_correct"] = ((logits.argmax(-1) == targets) & counted).sum()
-            logging_output["total"] = counted.sum()
+        if n_correct is not None:
+            logging_output["n_correct"] = n_correct
+            logging_output["total"] = (targets != self.padding_idx).sum()
         return loss, sample_size, logging_output
+
+    def count_correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How many of the (N,) targets that count are the most probable type of their (N, V) logits."""
+        return ((logits.argmax(-1) == targets) & (targets != self.padding_idx)).sum()
 
     def logits_and_targets(self, model: torch.nn.Module, sample: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(N, V) logits and (N,) targets; N counts real tokens of a packed model, else all B * T positions."""
