@@ -54,19 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _progress_bar(paths: Sequence[Any]) -> Iterable[Any]:
     """The checkpoints, with a bar on a terminal."""
-    return tqdm(paths, desc="reading", unit="checkpoint", disable=None, leave=False)
+    bar: Iterable[Any] = tqdm(paths, desc="reading", unit="checkpoint", disable=None, leave=False)
+    return bar
 
 
 def summary(model: ModelFile, path: Path, format: str, dtype: str, seconds: float) -> str:
     """What was written, for the person at the terminal."""
-    config = model.config
     distinct = {id(tensor): tensor.numel() for tensor in model.tensors.values()}
-    reasons = obstacles(config) if dtype == "fp32" else [f"weights are {dtype}"]
-    lightseq = f"not readable by LightSeq: {', '.join(reasons)}" if reasons else "readable by LightSeq too"
-    return (f"{path}: {format}, {path.stat().st_size / 1e6:.1f} MB, {len(distinct)} tensors in {dtype}, "
-            f"{sum(distinct.values()) / 1e6:.1f} M parameters, {config.encoder_layers}+{config.decoder_layers} layers, "
-            f"{model.source_lang}-{model.target_lang}, {config.src_vocab_size} + {config.tgt_vocab_size} types, "
-            f"{seconds:.1f} s ({lightseq})")
+    reasons = obstacles(model.config) if dtype == "fp32" else [f"weights in {dtype}"]
+    return (f"{path}: {format}, {path.stat().st_size / 1e6:.1f} MB, {len(distinct)} tensors in {dtype} "
+            f"({sum(distinct.values()) / 1e6:.1f} M parameters), {model.source_lang}-{model.target_lang}, "
+            f"{seconds:.1f} s; " + (f"not for LightSeq: {', '.join(reasons)}" if reasons else "LightSeq reads it too"))
 
 
 if __name__ == "__main__":
