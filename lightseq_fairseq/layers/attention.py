@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq import ops
@@ -32,28 +35,38 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, packing: Packing, source: Tensor | None = None,
-                source_packing: Packing | None = None, causal: bool = False) -> Tensor:
-        """(N, C) queries over ``source`` (M, K), or over ``x`` itself -> (N, C)."""
-        q, k, keys = self._queries_and_keys(x, packing, source, source_packing)
-        v = self._heads(self.v_proj(x if source is None else source))
-        context = ops.attention(q, k, v, packing.cu_seqlens, keys.cu_seqlens, packing.width, keys.width,
-                                causal, self.dropout if self.training else 0.0)
+    def forward(self, x: Tensor, packing: Packing, causal: bool = False) -> Tensor:
+        """Self-attention, (N, C) -> (N, C): one GEMM for q, k and v."""
+        q, k, v = joint_projection(x, (self.q_proj, self.k_proj, self.v_proj), self.num_heads).unbind(1)
+        return self._attend(q, k, v, packing, packing, causal)
+
+    def over(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing,
+             causal: bool = False) -> Tensor:
+        """(N, C) queries over projected ``keys_values`` (M, 2, H, D) -> (N, C)."""
+        k, v = keys_values.unbind(1)
+        return self._attend(self._heads(self.q_proj(x)), k, v, packing, keys_packing, causal)
+
+    def project_keys_values(self, source: Tensor) -> Tensor:
+        """(M, K) -> (M, 2, H, D)."""
+        return joint_projection(source, (self.k_proj, self.v_proj), self.num_heads)
+
+    def weights(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing) -> Tensor:
+        """The attention probabilities that :meth:`over` uses, (B, H, Tq, Tk) in fp32, without dropout."""
+        return ops.attention_weights(self._heads(self.q_proj(x)), keys_values[:, 0], packing.cu_seqlens,
+                                     keys_packing.cu_seqlens, packing.width, keys_packing.width)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys_packing: Packing, causal: bool) -> Tensor:
+        context = ops.attention(q, k, v, packing.cu_seqlens, keys_packing.cu_seqlens, packing.width,
+                                keys_packing.width, causal, self.dropout if self.training else 0.0)
         return self.out_proj(context.flatten(1))
-
-    def weights(self, x: Tensor, packing: Packing, source: Tensor | None = None,
-                source_packing: Packing | None = None, causal: bool = False) -> Tensor:
-        """The attention probabilities themselves, (B, H, Tq, Tk) in fp32, without dropout."""
-        q, k, keys = self._queries_and_keys(x, packing, source, source_packing)
-        return ops.attention_weights(q, k, packing.cu_seqlens, keys.cu_seqlens, packing.width, keys.width, causal)
-
-    def _queries_and_keys(self, x: Tensor, packing: Packing, source: Tensor | None,
-                          source_packing: Packing | None) -> tuple[Tensor, Tensor, Packing]:
-        if source is None:
-            return self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), packing
-        assert source_packing is not None
-        return self._heads(self.q_proj(x)), self._heads(self.k_proj(source)), source_packing
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, H, D)."""
         return x.view(-1, self.num_heads, self.head_dim)
+
+
+def joint_projection(x: Tensor, projections: Sequence[nn.Linear], heads: int) -> Tensor:
+    """Several projections of ``x`` (N, K) to C each, as one GEMM -> (N, len(projections), H, D)."""
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = torch.cat([projection.bias for projection in projections])
+    return F.linear(x, weight, bias).view(x.size(0), len(projections), heads, -1)

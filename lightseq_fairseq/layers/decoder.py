@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq.config import TransformerConfig
-from lightseq_fairseq.layers.attention import MultiheadAttention
+from lightseq_fairseq.layers.attention import MultiheadAttention, joint_projection
 from lightseq_fairseq.layers.embedding import EmbeddingStack, PositionalEmbedding
 from lightseq_fairseq.layers.encoder import WrapLayer, drop_layers
 from lightseq_fairseq.layers.feed_forward import LayerNorm, ResidualBlock
@@ -35,31 +36,33 @@ class TransformerDecoderLayer(ResidualBlock):
         self.add_feed_forward(dim, config.decoder_ffn_embed_dim, eps)
 
     def forward(self, x: Tensor, packing: Packing, source: Tensor | None = None,
-                source_packing: Packing | None = None, causal: bool = True,
+                source_packing: Packing | None = None, keys_values: Tensor | None = None, causal: bool = True,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Packed targets (N, C) over the encoder's packed output ``source`` (M, K).
 
-        Returns (N, C) and, if ``need_weights``, the cross-attention probabilities (B, H, T, S) in fp32.
+        ``keys_values`` (M, 2, H, D) is what cross-attention makes of the source, where that was computed for all layers
+        together. Returns (N, C) and, if ``need_weights``, the cross-attention probabilities (B, H, T, S) in fp32.
         """
         x = self.residual(lambda y: self._attend_self(y, packing, source, source_packing, causal),
                           self.self_attn_layer_norm, x)
         weights = None
         if self.encoder_attn is not None and source is not None:
             attend, norm = self.encoder_attn, self.encoder_attn_layer_norm
-            assert norm is not None
+            assert norm is not None and source_packing is not None
+            kv = attend.project_keys_values(source) if keys_values is None else keys_values
             if need_weights:
-                weights = attend.weights(norm(x) if self.normalize_before else x, packing, source, source_packing)
-            x = self.residual(lambda y: attend(y, packing, source, source_packing), norm, x)
+                weights = attend.weights(norm(x) if self.normalize_before else x, packing, kv, source_packing)
+            x = self.residual(lambda y: attend.over(y, packing, kv, source_packing), norm, x)
         return self.residual(self.feed_forward, self.final_layer_norm, x), weights
 
     def _attend_self(self, x: Tensor, packing: Packing, source: Tensor | None, source_packing: Packing | None,
                      causal: bool) -> Tensor:
         if not self.cross_self_attention or source is None:
-            return self.self_attn(x, packing, causal=causal)
+            return self.self_attn(x, packing, causal)
         assert source_packing is not None
         joint, order = source_packing.followed_by(packing)  # Peitz et al. 2019: the source stands in front
-        keys = torch.cat((source, x)).index_select(0, order)
-        return self.self_attn(x, packing, keys, joint, causal)
+        keys_values = self.self_attn.project_keys_values(torch.cat((source, x)).index_select(0, order))
+        return self.self_attn.over(x, packing, keys_values, joint, causal)
 
 
 class TransformerDecoder(EmbeddingStack):
@@ -98,12 +101,32 @@ class TransformerDecoder(EmbeddingStack):
         weights = None
         if states is not None:
             states.append(x)
-        for index, layer in enumerate(drop_layers(self.layers, self.config.decoder_layerdrop, self.training)):
-            x, layer_weights = layer(x, packing, source, source_packing, causal, index == weights_of_layer)
+        layers = drop_layers(self.layers, self.config.decoder_layerdrop, self.training)
+        keys_values = self._project_source(layers, source)
+        for index, layer in enumerate(layers):
+            x, layer_weights = layer(x, packing, source, source_packing, keys_values[index], causal,
+                                     index == weights_of_layer)
             weights = layer_weights if index == weights_of_layer else weights
             if states is not None:
                 states.append(x)
         return self.finish(x), weights
+
+    def _project_source(self, layers: Sequence[nn.Module], source: Tensor | None) -> list[Tensor | None]:
+        """Keys and values of every layer's cross-attention by one GEMM, each (M, 2, H, D).
+
+        None for all where there is nothing to project, or where layers are wrapped and their weights their own affair.
+        """
+        attentions = [layer.encoder_attn for layer in layers if type(layer) is TransformerDecoderLayer]
+        if source is None or len(attentions) < len(layers) or not all(attentions) or self._any_checkpointed(layers):
+            return [None] * len(layers)
+        projections = [p for a in attentions if a is not None for p in (a.k_proj, a.v_proj)]
+        joint = joint_projection(source, projections, self.config.decoder_attention_heads)
+        return list(joint.split(2, dim=1))
+
+    @staticmethod
+    def _any_checkpointed(layers: Sequence[nn.Module]) -> bool:
+        """fairseq checkpoints activations by replacing a layer's own ``forward``."""
+        return any("forward" in vars(layer) for layer in layers)
 
     def finish(self, x: Tensor) -> Tensor:
         """What follows the last layer: (N, C) -> (N, output_dim)."""
