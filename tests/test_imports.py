@@ -42,10 +42,9 @@ ROOMS = {
     "cli": Room(),
     "cli.train": Room("plugin fairseq_compat"),
     "cli.validate": Room("plugin fairseq_compat"),
-    "cli.export": Room("export model_file", "torch"),
-    "cli.generate": Room("generator model_file config", "torch numpy tqdm", "export fairseq_compat fairseq"),
-    "cli.interactive": Room("cli.generate generator model_file config", "torch numpy tqdm",
-                            "export fairseq_compat fairseq"),
+    "cli.export": Room("export model_file", "torch tqdm"),
+    "cli.generate": Room("generator model_file config", "torch", "export fairseq_compat fairseq"),
+    "cli.interactive": Room("cli.generate"),
 }
 
 
