@@ -6,11 +6,14 @@ is changed between reading and compiling.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import sys
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+
+from fairseq.tasks import FairseqTask
 
 import lightseq_fairseq.plugin  # noqa: F401
 
@@ -26,6 +29,8 @@ RULES = {
         "    LSLabelSmoothedCrossEntropyCriterion as LabelSmoothedCrossEntropyCriterion,",
     r"\btransformer\.TransformerModel\.build_model":
         "__import__('lightseq_fairseq').plugin.ls_transformer.LSTransformerModel.build_model",
+    r"from fairseq\.sequence_generator import EnsembleModel, SequenceGenerator":
+        "from fairseq.sequence_generator import EnsembleModel\nfrom generator_bridge import SequenceGenerator",
     # refused by name
     r'(generate_main\(data_dir, \["--retain-dropout"\]\))': r"self.assertRaises(ValueError, lambda: \1)",
 }
@@ -59,5 +64,19 @@ class Finder:
         return importlib.util.spec_from_file_location(fullname, file, loader=SubstitutingLoader(fullname, str(file)))
 
 
+def generate_with_ours() -> None:
+    """Let fairseq-generate, fairseq-interactive and --eval-bleu decode with our loop."""
+    from generator_bridge import SequenceGenerator
+
+    stock = FairseqTask.build_generator
+
+    def build_generator(self, models, args, seq_gen_cls=None, **kwargs):
+        ours = functools.partial(SequenceGenerator, align=bool(getattr(args, "print_alignment", None)))
+        return stock(self, models, args, seq_gen_cls=seq_gen_cls or ours, **kwargs)
+
+    FairseqTask.build_generator = build_generator
+
+
 def pytest_configure(config):
     sys.meta_path.insert(0, Finder)
+    generate_with_ours()
