@@ -16,9 +16,9 @@ import torch
 
 import lightseq_fairseq.plugin  # noqa: F401
 from tests import tolerances
-from tests.conftest import build_model, training_args
+from tests.conftest import build_model, preprocess, training_args
 
-ROOT = Path(__file__).parents[2]
+MULTI30K = Path(__file__).parents[3] / "shared" / "data" / "multi30k"
 SIZES = [flag for side in ("encoder", "decoder") for flag in (
     f"--{side}-layers", "2", f"--{side}-embed-dim", "32", f"--{side}-ffn-embed-dim", "48",
     f"--{side}-attention-heads", "4")]
@@ -98,6 +98,36 @@ def test_twenty_updates_follow_fairseqs_loss_curve(run, case):
     assert type(got.model) is not type(want.model)
     assert_same_curve(got.losses, want.losses)
     torch.testing.assert_close(torch.tensor(got.norms), torch.tensor(want.norms), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--bf16"], ["--memory-efficient-bf16"], ["--fp16", "--fp16-no-flatten-grads"], ["--memory-efficient-fp16"],
+    ["--amp"]], ids=" ".join)
+def test_every_precision_follows_fairseqs_loss_curve(run, flags):
+    flags = [*SIZES, *NO_DROPOUT, *flags, "--fp16-init-scale", "4", "--no-save"]
+    got, want = (run(*three("transformer"), *flags) for three in (ours, stock))
+    assert len(want.losses) == 20 and want.losses[-1] < 0.9 * want.losses[0]
+    torch.testing.assert_close(torch.tensor(got.losses), torch.tensor(want.losses), rtol=2e-2, atol=0)
+
+
+@pytest.fixture(scope="module")
+def multi30k(tmp_path_factory) -> Path:
+    """The first sentences of Multi30k, words as they come; those seen once are unknown."""
+    if not MULTI30K.exists():
+        pytest.skip("Multi30k is not beside this checkout (../shared/data/multi30k)")
+    text = tmp_path_factory.mktemp("multi30k-text")
+    for split, source, count in (("train", "train", 1500), ("valid", "val", 50), ("test", "test_2016_flickr", 50)):
+        for ours, theirs in (("xx", "en"), ("yy", "de")):
+            lines = (MULTI30K / f"{source}.{theirs}").read_text().lower().splitlines()[:count]
+            (text / f"{split}.{ours}").write_text("\n".join(lines) + "\n")
+    return preprocess(text, tmp_path_factory.mktemp("multi30k"), "--thresholdsrc", "2", "--thresholdtgt", "2")
+
+
+def test_twenty_updates_on_real_text(multi30k, tmp_path, monkeypatch):
+    got, want = (Run(multi30k, tmp_path, monkeypatch, *three("transformer_iwslt_de_en"), *SIZES, *NO_DROPOUT,
+                     "--max-tokens", "1000", "--no-save") for three in (ours, stock))
+    assert len(want.losses) == 20 and want.losses[-1] < 0.9 * want.losses[0]
+    assert_same_curve(got.losses, want.losses)
 
 
 @pytest.mark.parametrize("stop", ["checkpoint_1_7.pt", "checkpoint1.pt", "checkpoint_2_14.pt"],
