@@ -70,8 +70,9 @@ class _Reader:
                 parts = _members(item) if name in LAYERS else [("", item)]
                 for index, part in parts:
                     for field, dataset in _members(part):
-                        array = torch.from_numpy(self.array(dataset).astype("<f4", copy=False).reshape(-1))
-                        contents.arrays["/".join(filter(None, (name, index, field)))] = _stored(array)
+                        array = torch.from_numpy(self.array(dataset)).flatten()  # LightSeq wrote float64 at times
+                        path = "/".join(filter(None, (name, index, field)))
+                        contents.arrays[path] = _stored(array.to(torch.float32))
         return contents
 
     def extension(self, group: Any) -> Extension:
