@@ -1,12 +1,13 @@
 """The package's build. What it is called, needs and installs stands in pyproject.toml; the CUDA operators are here.
 
-They are compiled where nvcc and a CUDA build of torch are at hand (pip install --no-build-isolation); everywhere else
-the package installs without them, and compiles them on first use on a GPU if it can.
+They are compiled where nvcc and a CUDA build of torch are at hand (pip install --no-build-isolation); everywhere else,
+and where that fails, the package installs without them, and compiles them on first use on a GPU if it can.
 """
 
 import importlib.util
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from setuptools import setup
@@ -34,10 +35,20 @@ def cuda_operators():
     nvcc = cpp_extension.CUDA_HOME and shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin")
     if torch.version.cuda is None or not nvcc or not sources:
         return {}
+
+    class BuildIfPossible(cpp_extension.BuildExtension):
+        """A toolkit of another CUDA version, or half of one, is no reason not to install."""
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                warnings.warn(f"the CUDA operators are left for their first use: {error}", stacklevel=1)
+
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", recipe.DEFAULT_ARCHITECTURES)
     extension = cpp_extension.CUDAExtension(f"lightseq_fairseq.{recipe.NAME}", sources, py_limited_api=True,
-                                            extra_compile_args=recipe.COMPILE_FLAGS)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+                                            extra_compile_args=recipe.COMPILE_FLAGS, optional=True)
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildIfPossible},
             "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
 
 
