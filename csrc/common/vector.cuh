@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 namespace lightseq {
 
 template <typename T>
@@ -33,8 +35,18 @@ struct alignas(sizeof(T) * VEC) Packed {
   T lane[VEC];
 
   __device__ __forceinline__ void widen(float (&out)[VEC]) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && VEC % 2 == 0) {
+      // a bfloat16 is the upper half of a float: the halves of a register need not be taken apart first
+      const unsigned* pair = reinterpret_cast<const unsigned*>(lane);
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) out[i] = to_float(lane[i]);
+      for (int i = 0; i < VEC; i += 2) {
+        out[i] = __uint_as_float(pair[i / 2] << 16);
+        out[i + 1] = __uint_as_float(pair[i / 2] & 0xffff0000u);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) out[i] = to_float(lane[i]);
+    }
   }
 
   __device__ __forceinline__ void narrow(const float (&in)[VEC]) {

@@ -17,7 +17,8 @@ class MultiheadAttention(nn.Module):
     """Attention of packed queries (N, C) over packed keys (M, K), Vaswani et al. 2017 section 3.2.
 
     ``kdim`` is the width of the keys' source where it differs from ``embed_dim`` (another encoder width).
-    Initialised draw for draw as fairseq's MultiheadAttention, so that one seed gives one model in both.
+    Initialised draw for draw as fairseq's MultiheadAttention, so that one seed gives one model in both. What comes
+    out lacks ``out_proj``'s bias, which the operator that adds the residual adds too.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, kdim: int | None = None, dropout: float = 0.0) -> None:
@@ -35,16 +36,18 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, packing: Packing, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, causal: bool = False, seed: Tensor | None = None) -> Tensor:
         """Self-attention, (N, C) -> (N, C): one GEMM for q, k and v."""
-        q, k, v = joint_projection(x, (self.q_proj, self.k_proj, self.v_proj), self.num_heads).unbind(1)
-        return self._attend(q, k, v, packing, packing, causal)
+        qkv = joint_projection(x, (self.q_proj, self.k_proj, self.v_proj), self.num_heads)
+        return self._out(ops.self_attention(qkv, packing.cu_seqlens, packing.width, causal, self._p, seed=seed))
 
-    def over(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing,
-             causal: bool = False) -> Tensor:
+    def over(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing, causal: bool = False,
+             seed: Tensor | None = None) -> Tensor:
         """(N, C) queries over projected ``keys_values`` (M, 2, H, D) -> (N, C)."""
-        k, v = keys_values.unbind(1)
-        return self._attend(self._heads(self.q_proj(x)), k, v, packing, keys_packing, causal)
+        context = ops.cross_attention(self._heads(self.q_proj(x)), keys_values, packing.cu_seqlens,
+                                      keys_packing.cu_seqlens, packing.width, keys_packing.width, causal, self._p,
+                                      seed=seed)
+        return self._out(context)
 
     def project_keys_values(self, source: Tensor) -> Tensor:
         """(M, K) -> (M, 2, H, D)."""
@@ -55,10 +58,13 @@ class MultiheadAttention(nn.Module):
         return ops.attention_weights(self._heads(self.q_proj(x)), keys_values[:, 0], packing.cu_seqlens,
                                      keys_packing.cu_seqlens, packing.width, keys_packing.width)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, keys_packing: Packing, causal: bool) -> Tensor:
-        context = ops.attention(q, k, v, packing.cu_seqlens, keys_packing.cu_seqlens, packing.width,
-                                keys_packing.width, causal, self.dropout if self.training else 0.0)
-        return self.out_proj(context.flatten(1))
+    @property
+    def _p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _out(self, context: Tensor) -> Tensor:
+        """(N, H, D) -> (N, C), the bias still to be added."""
+        return F.linear(context.flatten(1), self.out_proj.weight)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, H, D)."""

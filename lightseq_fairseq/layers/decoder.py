@@ -6,19 +6,20 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers.attention import MultiheadAttention, joint_projection
 from lightseq_fairseq.layers.embedding import EmbeddingStack, PositionalEmbedding
 from lightseq_fairseq.layers.encoder import WrapLayer, drop_layers
-from lightseq_fairseq.layers.feed_forward import LayerNorm, ResidualBlock
 from lightseq_fairseq.layers.packing import Packing
+from lightseq_fairseq.layers.residual import LayerNorm, ResidualBlock, Seeds
 
 
 class TransformerDecoderLayer(ResidualBlock):
     """Self-attention, cross-attention (unless ``no_cross_attention``) and feed-forward, each in a residual."""
+
+    SEEDS = 6
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.activation_fn, config.decoder_normalize_before, config.dropout,
@@ -37,32 +38,38 @@ class TransformerDecoderLayer(ResidualBlock):
 
     def forward(self, x: Tensor, packing: Packing, source: Tensor | None = None,
                 source_packing: Packing | None = None, keys_values: Tensor | None = None, causal: bool = True,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+                need_weights: bool = False, seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Packed targets (N, C) over the encoder's packed output ``source`` (M, K).
 
         ``keys_values`` (M, 2, H, D) is what cross-attention makes of the source, where that was computed for all layers
-        together. Returns (N, C) and, if ``need_weights``, the cross-attention probabilities (B, H, T, S) in fp32.
+        together; ``seeds`` (SEEDS, 1) of the dropouts, None outside training. Returns (N, C) and, if ``need_weights``,
+        the cross-attention probabilities (B, H, T, S) in fp32.
         """
-        x = self.residual(lambda y: self._attend_self(y, packing, source, source_packing, causal),
-                          self.self_attn_layer_norm, x)
+        seed = [None] * self.SEEDS if seeds is None else seeds
+        cross = self.encoder_attn if source is not None else None
+        cross_norm = self.encoder_attn_layer_norm if cross is not None else None
+        y = self.enter(x, self.self_attn_layer_norm)
+        y = self._attend_self(y, packing, source, source_packing, causal, seed[0])
+        x, y = self.join(y, self.self_attn.out_proj, x, self.self_attn_layer_norm,
+                         cross_norm or self.final_layer_norm, seed[1])
         weights = None
-        if self.encoder_attn is not None and source is not None:
-            attend, norm = self.encoder_attn, self.encoder_attn_layer_norm
-            assert norm is not None and source_packing is not None
-            kv = attend.project_keys_values(source) if keys_values is None else keys_values
+        if cross is not None and cross_norm is not None:
+            assert source is not None and source_packing is not None
+            kv = cross.project_keys_values(source) if keys_values is None else keys_values
             if need_weights:
-                weights = attend.weights(norm(x) if self.normalize_before else x, packing, kv, source_packing)
-            x = self.residual(lambda y: attend.over(y, packing, kv, source_packing), norm, x)
-        return self.residual(self.feed_forward, self.final_layer_norm, x), weights
+                weights = cross.weights(y, packing, kv, source_packing)
+            y = cross.over(y, packing, kv, source_packing, seed=seed[2])
+            x, y = self.join(y, cross.out_proj, x, cross_norm, self.final_layer_norm, seed[3])
+        return self.feed_forward(y, x, None if seeds is None else seeds[4:]), weights
 
     def _attend_self(self, x: Tensor, packing: Packing, source: Tensor | None, source_packing: Packing | None,
-                     causal: bool) -> Tensor:
+                     causal: bool, seed: Tensor | None) -> Tensor:
         if not self.cross_self_attention or source is None:
-            return self.self_attn(x, packing, causal)
+            return self.self_attn(x, packing, causal, seed)
         assert source_packing is not None
         joint, order = source_packing.followed_by(packing)  # Peitz et al. 2019: the source stands in front
         keys_values = self.self_attn.project_keys_values(torch.cat((source, x)).index_select(0, order))
-        return self.self_attn.over(x, packing, keys_values, joint, causal)
+        return self.self_attn.over(x, packing, keys_values, joint, causal, seed)
 
 
 class TransformerDecoder(EmbeddingStack):
@@ -96,8 +103,8 @@ class TransformerDecoder(EmbeddingStack):
                states: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Packed previous ``tokens`` (N,) int64 -> features (N, output_dim) in front of the output projection,
         and the cross-attention probabilities (B, H, T, S) of one layer if asked for."""
-        x = self.embed(tokens, packing.positions, packing.width)
-        x = F.dropout(x, self.config.dropout, self.training)
+        seeds = Seeds(self, TransformerDecoderLayer.SEEDS)
+        x = self.embed(tokens, packing.positions, packing.width, seed=seeds.first)
         weights = None
         if states is not None:
             states.append(x)
@@ -105,7 +112,7 @@ class TransformerDecoder(EmbeddingStack):
         keys_values = self._project_source(layers, source)
         for index, layer in enumerate(layers):
             x, layer_weights = layer(x, packing, source, source_packing, keys_values[index], causal,
-                                     index == weights_of_layer)
+                                     index == weights_of_layer, seeds.of_layer(index))
             weights = layer_weights if index == weights_of_layer else weights
             if states is not None:
                 states.append(x)

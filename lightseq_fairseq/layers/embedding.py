@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq import ops
+from lightseq_fairseq.config import TransformerConfig
 
 
 def token_embedding(num_embeddings: int, embed_dim: int, pad: int) -> nn.Embedding:
@@ -88,17 +90,20 @@ class EmbeddingStack(nn.Module):
     Uses embed_tokens, embed_scale, project_in_dim (decoder), embed_positions and layernorm_embedding.
     """
 
+    config: TransformerConfig
     embed_tokens: nn.Embedding
     embed_scale: float
     embed_positions: PositionalEmbedding | None
     layernorm_embedding: nn.Module | None
     project_in_dim: nn.Module | None
 
-    def embed(self, tokens: Tensor, positions: Tensor, width: int, token_embeddings: Tensor | None = None) -> Tensor:
-        """(N,) tokens at ``positions`` (N,) in sentences of at most ``width`` tokens -> (N, C), dropout not applied.
+    def embed(self, tokens: Tensor, positions: Tensor, width: int, token_embeddings: Tensor | None = None,
+              seed: Tensor | None = None) -> Tensor:
+        """(N,) tokens at ``positions`` (N,) in sentences of at most ``width`` tokens -> (N, C).
 
-        ``token_embeddings`` (N, C) takes the place of the table look-up.
+        ``token_embeddings`` (N, C) takes the place of the table look-up; ``seed`` (1,) that of the dropout.
         """
+        p = self.config.dropout if self.training else 0.0
         table = rows = None
         if self.embed_positions is not None:
             table = self.embed_positions.upto(width, self.embed_tokens.weight)
@@ -106,9 +111,14 @@ class EmbeddingStack(nn.Module):
         if token_embeddings is None and self.project_in_dim is None:
             pad = self.embed_tokens.padding_idx
             assert pad is not None
-            x = ops.embedding(tokens, self.embed_tokens.weight, self.embed_scale, pad, rows, table)
+            fused = self.layernorm_embedding is None
+            x = ops.embedding(tokens, self.embed_tokens.weight, self.embed_scale, pad, rows, table,
+                              p if fused else 0.0, seed if fused else None)
+            if fused:
+                return x
         else:
             x = (self.embed_tokens(tokens) if token_embeddings is None else token_embeddings) * self.embed_scale
             x = x if self.project_in_dim is None else self.project_in_dim(x)
             x = x if table is None else x + table[rows].type_as(x)
-        return x if self.layernorm_embedding is None else self.layernorm_embedding(x)
+        x = x if self.layernorm_embedding is None else self.layernorm_embedding(x)
+        return F.dropout(x, p) if p > 0 else x

@@ -6,20 +6,21 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers.attention import MultiheadAttention
 from lightseq_fairseq.layers.embedding import EmbeddingStack, PositionalEmbedding
-from lightseq_fairseq.layers.feed_forward import LayerNorm, ResidualBlock
 from lightseq_fairseq.layers.packing import Packing
+from lightseq_fairseq.layers.residual import LayerNorm, ResidualBlock, Seeds
 
 WrapLayer = Callable[[nn.Module], nn.Module]
 
 
 class TransformerEncoderLayer(ResidualBlock):
     """Self-attention and feed-forward, each in a residual."""
+
+    SEEDS = 4
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.activation_fn, config.encoder_normalize_before, config.dropout,
@@ -29,10 +30,13 @@ class TransformerEncoderLayer(ResidualBlock):
         self.self_attn_layer_norm = LayerNorm(dim, eps=config.layer_norm_eps)
         self.add_feed_forward(dim, config.encoder_ffn_embed_dim, config.layer_norm_eps)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """(N, C) -> (N, C)."""
-        x = self.residual(lambda y: self.self_attn(y, packing), self.self_attn_layer_norm, x)
-        return self.residual(self.feed_forward, self.final_layer_norm, x)
+    def forward(self, x: Tensor, packing: Packing, seeds: Tensor | None = None) -> Tensor:
+        """(N, C) -> (N, C); ``seeds`` (SEEDS, 1) of the dropouts, None outside training."""
+        attention_seed, joint_seed = (None, None) if seeds is None else seeds[:2]
+        y = self.enter(x, self.self_attn_layer_norm)
+        y = self.self_attn(y, packing, seed=attention_seed)
+        x, y = self.join(y, self.self_attn.out_proj, x, self.self_attn_layer_norm, self.final_layer_norm, joint_seed)
+        return self.feed_forward(y, x, None if seeds is None else seeds[2:])
 
 
 def drop_layers(layers: nn.ModuleList, p: float, training: bool) -> list[nn.Module]:
@@ -72,12 +76,12 @@ class TransformerEncoder(EmbeddingStack):
         ``token_embeddings`` (N, C) takes the place of the look-up. ``states`` collects the input of the first layer
         and the output of each, as fairseq's ``return_all_hiddens`` does.
         """
-        x = self.embed(tokens, packing.positions, packing.width, token_embeddings)
-        x = F.dropout(x, self.config.dropout, self.training)
+        seeds = Seeds(self, TransformerEncoderLayer.SEEDS)
+        x = self.embed(tokens, packing.positions, packing.width, token_embeddings, seeds.first)
         if states is not None:
             states.append(x)
-        for layer in drop_layers(self.layers, self.config.encoder_layerdrop, self.training):
-            x = layer(x, packing)
+        for index, layer in enumerate(drop_layers(self.layers, self.config.encoder_layerdrop, self.training)):
+            x = layer(x, packing, seeds.of_layer(index))
             if states is not None:
                 states.append(x)
         return x if self.layer_norm is None else self.layer_norm(x)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lightseq_fairseq import ops
 from lightseq_fairseq.layers.attention import MultiheadAttention
 from lightseq_fairseq.layers.encoder import TransformerEncoder, TransformerEncoderLayer
-from lightseq_fairseq.layers.feed_forward import LayerNorm
 from lightseq_fairseq.layers.packing import Packing
+from lightseq_fairseq.layers.residual import LayerNorm
 from lightseq_fairseq.ops import InferenceLinear
 
 

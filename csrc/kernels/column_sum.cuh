@@ -1,0 +1,148 @@
+// Element-wise passes over an (N, C) array, with sums over its rows at no extra pass: every bias gradient is one.
+//
+// A pass is a functor F, which says what is read and written; see Pass below. Its kSums sums over rows are taken in
+// fp32 in a fixed order, hence the same in every run: a thread sums the rows it walks, a block its threads, one row of
+// `partial` (chunks, kSums, C) a block; a second, small kernel adds the chunks up and rounds once.
+// Bytes beyond those of F: 8 * chunks * kSums * C, of which a column gets at most 2 chunks a multiprocessor.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../common/launch.cuh"
+#include "../common/octet.cuh"
+
+namespace lightseq {
+namespace column_sum {
+
+constexpr int kAcross = 32, kDown = 16, kThreads = kAcross * kDown;
+constexpr int kBlocksPerMultiprocessor = 2;
+
+// Rows that a thread requests before it needs the first: 64 bytes of them, which keeps clear of spills.
+template <typename Input>
+constexpr int kRowsAhead = std::clamp<int>(64 / sizeof(Input), 1, 4);
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Rows of `partial` that a pass over (rows, columns) fills: blocks for one full wave, no more than have work.
+inline int chunks(long rows, int columns) {
+  const int strips = ceil_div(columns, kAcross * (columns % kOctet ? 1 : kOctet));
+  const long wave = std::max(1, kBlocksPerMultiprocessor * multiprocessors() / strips);
+  return static_cast<int>(std::min<long>(wave, ceil_div(rows, kDown)));
+}
+
+template <typename P, int K>
+struct Sums {
+  P* sum[K];  // each (C,)
+};
+
+// ----------------------------------------------------------------------------------------------------------------
+// CUDA kernels
+
+// Block (kAcross, kDown): VEC columns a thread, rows blockIdx.y * kDown + threadIdx.y and on. Of F is asked:
+//   kSums                                                  number of sums, 0 where only elements matter
+//   Column prepare(column)                                 what stays while a thread walks down its columns
+//   Input read(row, offset)                                what a row brings; offset is row * C + column
+//   write(Input, Column, offset, float sums[][VEC])        the work; adds to the sums
+template <int VEC, class F>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    walk(const F f, float* partial, const long rows, const int columns) {
+  constexpr int K = F::kSums, kAhead = kRowsAhead<typename F::Input>;
+  const int column = (blockIdx.x * kAcross + threadIdx.x) * VEC;
+  const long stride = static_cast<long>(gridDim.y) * kDown;
+  float sums[K ? K : 1][VEC] = {};
+  if (column < columns) {
+    const typename F::Column constants = f.prepare(column);
+    for (long row = blockIdx.y * kDown + threadIdx.y; row < rows; row += kAhead * stride) {
+      const long offset = row * columns + column, step = stride * columns;
+      typename F::Input input[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (row + i * stride < rows) input[i] = f.read(row + i * stride, offset + i * step);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (row + i * stride < rows) f.write(input[i], constants, offset + i * step, sums);
+      }
+    }
+  }
+  if constexpr (K > 0) {
+    __shared__ float tile[kDown][kAcross * VEC];
+    const int thread = threadIdx.y * kAcross + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) tile[threadIdx.y][threadIdx.x * VEC + i] = sums[k][i];
+      __syncthreads();
+      const int mine = blockIdx.x * kAcross * VEC + thread;
+      if (thread < kAcross * VEC && mine < columns) {
+        float sum = 0.f;
+#pragma unroll
+        for (int row = 0; row < kDown; ++row) sum += tile[row][thread];
+        partial[(static_cast<long>(blockIdx.y) * K + k) * columns + mine] = sum;
+      }
+    }
+  }
+}
+
+// Block (kAcross, kDown), a column a threadIdx.x, the sum a blockIdx.y: partial (chunks, K, C) -> K x (C,).
+template <typename P, int K>
+__global__ void __launch_bounds__(kThreads)
+    finish(const Sums<P, K> out, const float* partial, const int chunks, const int columns) {
+  __shared__ float tile[kDown][kAcross];
+  const int column = blockIdx.x * kAcross + threadIdx.x;
+  float sum = 0.f;
+  if (column < columns) {
+#pragma unroll 4
+    for (int chunk = threadIdx.y; chunk < chunks; chunk += kDown) {
+      sum += partial[(static_cast<long>(chunk) * K + blockIdx.y) * columns + column];
+    }
+  }
+  tile[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && column < columns) {
+    float total = 0.f;
+#pragma unroll
+    for (int row = 0; row < kDown; ++row) total += tile[row][threadIdx.x];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {  // an index known at run time would copy the pointers to local memory
+      if (blockIdx.y == k) out.sum[k][column] = from_float<P>(total);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// kernel launchers
+
+// partial (chunks, F::kSums, C) fp32, null where F sums nothing. pass_of(std::integral_constant<int, VEC>) gives F.
+template <class PassOf>
+void run(const char* name, bool octets, PassOf&& pass_of, float* partial, int chunks, long rows, int columns,
+         cudaStream_t stream) {
+  if (rows == 0) return;
+  const auto launch = [&](auto vec) {
+    const auto pass = pass_of(vec);
+    const dim3 grid(ceil_div(columns, kAcross * vec), chunks);
+    walk<decltype(vec)::value><<<grid, dim3(kAcross, kDown), 0, stream>>>(pass, partial, rows, columns);
+  };
+  if (octets) {
+    launch(std::integral_constant<int, kOctet>{});
+  } else {
+    launch(std::integral_constant<int, 1>{});
+  }
+  LIGHTSEQ_CHECK_LAUNCH(name);
+}
+
+template <typename P, int K>
+void add_up(const Sums<P, K>& out, const float* partial, int chunks, int columns, cudaStream_t stream) {
+  finish<P, K><<<dim3(ceil_div(columns, kAcross), K), dim3(kAcross, kDown), 0, stream>>>(out, partial, chunks, columns);
+  LIGHTSEQ_CHECK_LAUNCH("column_sum::finish");
+}
+
+}  // namespace column_sum
+}  // namespace lightseq
