@@ -132,7 +132,7 @@ class LSTrainer(Trainer):
                 float(sentences))
             batch = PackedBatch.of(sample, criterion.padding_idx, criterion.ignore_prefix_size, counted=not dummy)
             step.launch(batch, counts, if_good, if_overflow, first=i == 0, last=i == len(samples) - 1)
-        self._pending = {"lr": lr, "previous": previous}
+        self._pending = {"lr": if_good.lr, "lr_if_overflow": if_overflow.lr, "previous": previous}
 
     def _finish_previous(self) -> Any:
         """Take note of the update before the one just launched."""
@@ -155,6 +155,8 @@ class LSTrainer(Trainer):
                 scaler.check_overflow(result.norm)
             except OverflowError as overflow:
                 logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", overflow)
+                if self._pending is not None:  # the one under way took the rates for this outcome
+                    self._pending["lr"] = self._pending["lr_if_overflow"]
                 self.set_num_updates(self.get_num_updates() - 1)
                 return None
             scaler.update()
