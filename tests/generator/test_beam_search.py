@@ -42,7 +42,7 @@ def assert_same(found, expected):
     for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
         assert ours.tokens.tolist() == theirs["tokens"].tolist()
         torch.testing.assert_close(ours.positional_scores, theirs["positional_scores"], **tolerances.SCORE)
-        assert ours.score == pytest.approx(float(theirs["score"]), abs=1e-5)
+        assert ours.score == pytest.approx(float(theirs["score"]), rel=1e-6, abs=1e-5)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 4, 5, 10])

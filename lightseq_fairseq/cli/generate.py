@@ -1,0 +1,261 @@
+"""``lightseq-generate``: fairseq-generate with our model and our search inside.
+
+Arguments, batches and every printed line are fairseq-generate's, because its own ``main`` runs. Two things in it are
+replaced: how ``--path`` is loaded (model files, or checkpoints through the exporter), and what searches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lightseq_fairseq import model_file
+from lightseq_fairseq.config import ConfigError
+from lightseq_fairseq.generator.generator import Generator
+from lightseq_fairseq.generator.hypotheses import Hypothesis
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions, refused_options
+from lightseq_fairseq.model_file import ModelFile, ModelFileError
+
+_SAME_NAME = ("beam", "lenpen", "min_len", "max_len_a", "max_len_b", "match_source_len", "unkpen", "temperature",
+              "no_repeat_ngram_size", "sampling", "diverse_beam_strength")
+"""Fields of GenerationOptions that fairseq's GenerationConfig calls the same."""
+
+_ZERO_FOR_NONE = ("sampling_topk", "sampling_topp", "diverse_beam_groups", "diversity_rate")
+"""Fields that are 0 where fairseq has -1."""
+
+
+def main() -> int:
+    """Entry point; arguments come from the command line."""
+    return run("lightseq-generate", "fairseq_cli.generate")
+
+
+def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lambda cfg: [],
+        at_end: Callable[[Search], None] = lambda search: None) -> int:
+    """Run a command of fairseq with our model and search; returns 0, or 2 after one sentence about what is wrong.
+
+    ``refused`` names what a configuration asks for and does not get; ``at_end`` sees the search after its work.
+    """
+    from lightseq_fairseq import fairseq_compat
+
+    stock = fairseq_compat.import_fairseq(stock_name)
+    fairseq_compat.apply()
+    substitute = Substitute(stock.main, refused)
+    try:
+        with mock.patch.object(stock, "main", substitute):  # what cli_main calls once it has read the arguments
+            stock.cli_main()
+    except Exception as error:
+        in_arguments = isinstance(error, ValueError) and not substitute.called
+        if not (in_arguments or _is_for_the_user(error)):
+            raise
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if substitute.search is not None:
+        at_end(substitute.search)
+    return 0
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Our own, a missing file, or what fairseq says about arguments and data, by assertions and bare exceptions."""
+    ours = (GenerationError, ModelFileError, ConfigError, FileNotFoundError, AssertionError)
+    return str(error) != "" and (isinstance(error, ours) or type(error) is Exception)
+
+
+class Substitute:
+    """A fairseq ``main`` in which models are loaded and searched by us."""
+
+    def __init__(self, stock_main: Callable[[Any], Any], refused: Callable[[Any], list[str]]) -> None:
+        self.stock_main, self.refused = stock_main, refused
+        self.called = False
+        self.search: Search | None = None
+
+    def __call__(self, cfg: Any, **kwargs: Any) -> Any:
+        """``cfg`` is fairseq's configuration, or the arguments that it is made of."""
+        from argparse import Namespace
+
+        from fairseq import checkpoint_utils
+        from fairseq.data import data_utils
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+        self.called = True
+        self.cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
+        if self.cfg.generation.replace_unk == "@@ ":  # the option without a value; fairseq would open that file
+            self.cfg.generation.replace_unk = ""
+        wrong = _not_taken(self.cfg) + self.refused(self.cfg)
+        if wrong:
+            raise GenerationError(f"{', '.join(wrong)}: not supported here, use fairseq's own command")
+        self.options = options_of(self.cfg.generation)
+        with mock.patch.object(checkpoint_utils, "load_model_ensemble", self._load), \
+                mock.patch.object(data_utils, "batch_by_size", with_the_last_batch(data_utils.batch_by_size)):
+            return self.stock_main(self.cfg, **kwargs)
+
+    def _load(self, paths: Sequence[str], *, task: Any, **unused: Any) -> tuple[list[LoadedModel], Any]:
+        """In place of load_model_ensemble: the models, and where fairseq looks for their task; ``task`` will search
+        with ours."""
+        from fairseq.tasks.fairseq_task import FairseqTask
+
+        for name in ("build_generator", "inference_step"):
+            if getattr(type(task), name) is not getattr(FairseqTask, name):
+                raise GenerationError(f"--task {self.cfg.task._name} generates in its own way, which is not supported; "
+                                      "use --task translation, or fairseq-generate")
+        models = [LoadedModel(load_model(path, task.cfg)) for path in paths]
+        for path, model in zip(paths, models, strict=True):
+            check_dictionaries(path, model.file, task)
+        task.build_generator = self._build_generator
+        return models, self.cfg
+
+    def _build_generator(self, models: Sequence[LoadedModel], *unused: Any, **also_unused: Any) -> Search:
+        """In place of the task's build_generator."""
+        common, args = self.cfg.common, self.cfg.generation
+        dtype = torch.float16 if common.fp16 else torch.bfloat16 if common.bf16 else torch.float32
+        device = "cuda" if torch.cuda.is_available() and not common.cpu else "cpu"
+        self.search = Search(Generator([model.file for model in models], device, dtype), self.options,
+                             args.print_alignment)
+        return self.search
+
+
+def with_the_last_batch(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """``stock``, which is fairseq's batch_by_size, without its loss of sentences: it drops the last batch if that is
+    no multiple of --required-batch-size-multiple, which is 8 unless set."""
+    def batch_by_size(indices: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        batches = stock(indices, *args, **kwargs) if len(indices) else []
+        missing = indices[sum(map(len, batches)):]
+        return [*batches, missing] if len(missing) else batches
+
+    return batch_by_size
+
+
+def _not_taken(cfg: Any) -> list[str]:
+    """Names of the options in ``cfg`` that would change the result and that we do not take."""
+    from fairseq.dataclass.configs import CheckpointConfig, CommonEvalConfig, GenerationConfig
+
+    wrong = refused_options(cfg.generation, vars(GenerationConfig()))
+    if cfg.common_eval.model_overrides != CommonEvalConfig.model_overrides:
+        wrong.append("--model-overrides (a model file is what it is)")
+    if cfg.checkpoint.checkpoint_shard_count != CheckpointConfig.checkpoint_shard_count:
+        wrong.append("--checkpoint-shard-count (sharded checkpoints)")
+    if cfg.checkpoint.checkpoint_suffix:
+        wrong.append("--checkpoint-suffix (sharded checkpoints)")
+    return wrong
+
+
+def options_of(args: Any) -> GenerationOptions:
+    """What fairseq's GenerationConfig says, in our words; GenerationError if it contradicts itself."""
+    attention = args.print_alignment is not None or args.replace_unk is not None
+    given: dict[str, Any] = {name: getattr(args, name) for name in _SAME_NAME}
+    given |= {name: 0 if getattr(args, name) == -1 else getattr(args, name) for name in _ZERO_FOR_NONE}
+    return GenerationOptions(**given, nbest=min(args.nbest, args.beam), normalize_scores=not args.unnormalized,
+                             return_attention=attention, return_alignment=attention)
+
+
+def load_model(path: str, data: Any) -> ModelFile:
+    """A model file, or a checkpoint with the dictionaries of ``data``, a task's configuration; ModelFileError."""
+    from lightseq_fairseq.export import from_checkpoints
+
+    suffixes = tuple(suffix for known in model_file.FORMATS.values() for suffix in known)
+    if path.lower().endswith(suffixes):
+        return model_file.load(path)
+    return from_checkpoints([path], data.data.split(os.pathsep)[0], source_lang=data.source_lang,
+                            target_lang=data.target_lang)
+
+
+def check_dictionaries(path: str, model: ModelFile, task: Any) -> None:
+    """GenerationError unless the model was made for the dictionaries of the data."""
+    for side, types, symbols, words in (
+            ("source", model.config.src_vocab_size, model.src_symbols, task.source_dictionary.symbols),
+            ("target", model.config.tgt_vocab_size, model.tgt_symbols, task.target_dictionary.symbols)):
+        advice = "translate data that was prepared with the model's dictionaries"
+        if types != len(words):
+            raise GenerationError(f"{path} has {types} {side} types, but the data's dictionary has {len(words)}; "
+                                  + advice)
+        for index, (ours, theirs) in enumerate(zip(symbols or (), words, strict=False)):
+            if ours != theirs:
+                raise GenerationError(f"{path} has {ours!r} as {side} type {index}, but the data's dictionary has "
+                                      f"{theirs!r}; {advice}")
+
+
+class LoadedModel:
+    """A model as fairseq's ``main`` handles it before it searches: on which device and in what type is our affair."""
+
+    def __init__(self, file: ModelFile) -> None:
+        self.file = file
+
+    def max_positions(self) -> tuple[int, int]:
+        """Longest source and target."""
+        return self.file.config.max_source_positions, self.file.config.max_target_positions
+
+    def half(self) -> None:
+        """Decided when the search is built."""
+
+    def cuda(self) -> None:
+        """Decided when the search is built."""
+
+    def prepare_for_inference_(self, cfg: Any) -> None:
+        """Done when the search is built."""
+
+
+class Search:
+    """Our Generator as fairseq's ``main`` knows a generator."""
+
+    def __init__(self, generator: Generator, options: GenerationOptions, print_alignment: str | None = None) -> None:
+        self.generator, self.options, self.soft = generator, options, print_alignment == "soft"
+        self.eos, self.pad = generator.config.eos, generator.config.pad
+        self.symbols_to_strip_from_output = {self.eos}
+        self.sentences, self.tokens, self.seconds = 0, 0, 0.0
+
+    def generate(self, models: Any, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
+                 **unused: Any) -> list[list[dict[str, Any]]]:
+        """Hypotheses of each sentence of a batch, best first, as fairseq's SequenceGenerator returns them."""
+        started = time.perf_counter()
+        padded = sample["net_input"]["src_tokens"]  # (B, S)
+        real = padded != self.pad
+        sentences = list(padded[real].split(real.sum(1).tolist()))
+        found = self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded))
+        self.sentences += len(found)
+        self.tokens += sum(len(hypotheses[0].tokens) for hypotheses in found)
+        self.seconds += time.perf_counter() - started
+        return [[self._as_dict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+
+    def _max_lens(self, sentences: Sequence[Tensor], padded: Tensor) -> list[int]:
+        """fairseq's limit is one for the whole batch, by its longest source."""
+        options, longest = self.options, padded.size(1)
+        limit = int(options.max_len_a * longest + options.max_len_b)
+        if options.match_source_len:
+            limit = longest
+        else:
+            limit = min(limit, min(model.config.max_target_positions for model in self.generator.models) - 1)
+        return [limit] * len(sentences)
+
+    def _as_dict(self, hypothesis: Hypothesis) -> dict[str, Any]:
+        alignment: Any = hypothesis.alignment
+        if self.soft and hypothesis.attention is not None:
+            alignment = [[f"{weight:.6f}" for weight in row] for row in hypothesis.attention.tolist()]
+        elif alignment is not None:
+            alignment = HardAlignment(alignment)
+        return {"tokens": hypothesis.tokens, "score": torch.tensor(hypothesis.score),
+                "positional_scores": hypothesis.positional_scores, "attention": hypothesis.attention,
+                "alignment": alignment}
+
+
+class HardAlignment:
+    """(source, target) pairs for --print-alignment, which goes through them; for --replace-unk, which asks for the
+    source position of target word i, that position (fairseq gives it the pair, and fails)."""
+
+    def __init__(self, pairs: list[tuple[int, int]]) -> None:
+        self.pairs = pairs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.pairs)
+
+    def __getitem__(self, target: int) -> int:
+        return self.pairs[target][0] if self.pairs else -1  # an empty source has but its eos, the last
+
+
+if __name__ == "__main__":
+    sys.exit(main())
