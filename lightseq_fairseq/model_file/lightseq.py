@@ -209,9 +209,8 @@ def _linear_piece(names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]])
         return side_by_side([tensors[name] for name in names])
 
     def unpack(array: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(array.view(*inputs, sum(outs)), outs, dim=-1)  # [in, sum(out)] -> [in, out] each
-        return {name: part.t().clone(memory_format=torch.contiguous_format)
-                for name, part in zip(names, parts, strict=True)}
+        rows = array.view(*inputs, sum(outs)).t().contiguous()  # [in, sum(out)] -> (sum(out), in)
+        return dict(zip(names, torch.split(rows, outs), strict=True))
 
     return Piece(sum(outs) * math.prod(inputs), pack, unpack, names)
 
@@ -229,8 +228,8 @@ def _token_piece(config: TransformerConfig, side: str) -> Piece:
         return (table if side == "encoder" else table.t()).flatten()
 
     def unpack(array: Tensor) -> dict[str, Tensor]:
-        table = array.view(vocab, width) if side == "encoder" else array.view(width, vocab).t()
-        return {name: table.clone(memory_format=torch.contiguous_format).div_(scale)}
+        table = array.view(vocab, width) if side == "encoder" else array.view(width, vocab).t().contiguous()
+        return {name: table / scale}
 
     return Piece(vocab * width, pack, unpack, (name,) if source == name else ())
 

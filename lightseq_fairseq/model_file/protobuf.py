@@ -81,7 +81,7 @@ def _parse(data: bytes) -> Any:
         raise ModelFileError("expected a protobuf message, got a PyTorch checkpoint; export it with lightseq-export")
     try:
         message = Transformer.FromString(data)
-    except DecodeError:
+    except (DecodeError, UnicodeDecodeError):  # the second from protobuf's implementation in Python
         raise ModelFileError("expected a protobuf message, got bytes that are none or end too early; "
                              "export or copy the file again") from None
     if not message.ListFields():
