@@ -31,8 +31,8 @@ from lightseq_fairseq.model_file.spec import (
 
 FORMAT_VERSION = 1
 """Raise by one when a reader of the version before would misread the new file: a field of Config, Extension or Tensor
-that it does not know and may not ignore, another meaning of an old one. A new optional field that old readers may
-ignore needs no new version. Older versions stay readable."""
+that it may not ignore, another meaning of an old one, another answer of lightseq.obstacles or lightseq.layout. A field
+that old readers may ignore needs no new version. Older versions stay readable."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +76,15 @@ def pack(model: ModelFile, dtype: torch.dtype = torch.float32) -> Contents:
     if dtype not in DTYPES.values():
         raise ModelFileError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     validate(model)
-    config = model.config
-    own = list(tensor_shapes(config))
-    contents = Contents(conf={"format_version": FORMAT_VERSION})
+    config, conf, pieces = model.config, {"format_version": FORMAT_VERSION}, {}
     if dtype == torch.float32 and not lightseq.obstacles(config):
-        contents.conf |= lightseq.model_conf(config, model.decoding)
-        contents.arrays = {
-            path: Stored(dtype, (piece.size,), _lazily(piece.pack, model.tensors))
-            for path, piece in lightseq.layout(config).items()}
-        given_back = {name for piece in lightseq.layout(config).values() for name in piece.gives_back}
-        own = [name for name in own if name not in given_back]
-    contents.extension = Extension(
-        exported_fields(config), model.src_symbols, model.tgt_symbols, model.source_lang, model.target_lang,
-        {name: Stored(dtype, tuple(model.tensors[name].shape), _lazily(_cast, name, model.tensors[name], dtype))
-         for name in own})
-    return contents
+        conf |= lightseq.model_conf(config, model.decoding)
+        pieces = lightseq.layout(config)
+    arrays = {path: Stored(dtype, (piece.size,), _lazily(piece.pack, model.tensors)) for path, piece in pieces.items()}
+    own = {name: Stored(dtype, shape, _lazily(_cast, name, model.tensors[name], dtype))
+           for name, shape in _own_shapes(config, pieces).items()}
+    return Contents(arrays, conf, Extension(exported_fields(config), model.src_symbols, model.tgt_symbols,
+                                            model.source_lang, model.target_lang, own))
 
 
 def unpack(contents: Contents) -> ModelFile:
@@ -113,9 +107,7 @@ def unpack(contents: Contents) -> ModelFile:
     problems = symbol_problems(config, extension.src_symbols, extension.tgt_symbols)
     pieces = lightseq.layout(config) if contents.arrays and not lightseq.obstacles(config) else {}
     problems += _array_differences(pieces, contents.arrays)
-    given_back = {name for piece in pieces.values() for name in piece.gives_back}
-    own = {name: shape for name, shape in tensor_shapes(config).items() if name not in given_back}
-    raise_all(problems + differences(own, _shapes(extension.tensors)))
+    raise_all(problems + differences(_own_shapes(config, pieces), _shapes(extension.tensors)))
     tensors = {name: stored.read() for name, stored in extension.tensors.items()}
     return ModelFile(config, _in_order(config, tensors | _read_arrays(pieces, contents.arrays)),
                      extension.src_symbols, extension.tgt_symbols, extension.source_lang, extension.target_lang)
@@ -154,6 +146,12 @@ def _config_of(found: Mapping[str, Any]) -> TransformerConfig:
         raise ModelFileError(str(error)) from None
     raise_all(config_problems(config))
     return config
+
+
+def _own_shapes(config: TransformerConfig, pieces: Mapping[str, lightseq.Piece]) -> dict[str, tuple[int, ...]]:
+    """The tensors that ``pieces`` do not give back."""
+    given_back = {name for piece in pieces.values() for name in piece.gives_back}
+    return {name: shape for name, shape in tensor_shapes(config).items() if name not in given_back}
 
 
 def _shapes(stored: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -185,8 +186,6 @@ def test_hdf5_that_this_package_never_writes(hdf5, change, message):
 @cache
 def whole_file(kind: str, suffix: str) -> bytes:
     """A tiny file of each kind to damage."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{suffix}"
         if kind == "made by LightSeq":
@@ -226,7 +225,7 @@ def damaged(whole: bytes, steps: list[tuple]) -> bytes:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(DAMAGE, min_size=1, max_size=4))
 def test_any_damage_ends_in_the_one_error_or_a_consistent_model(tmp_path, kind, suffix, steps):
     path = tmp_path / f"model{suffix}"
@@ -240,6 +239,7 @@ def test_any_damage_ends_in_the_one_error_or_a_consistent_model(tmp_path, kind, 
     validate(model)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_at_all(tmp_path_factory, data):
     for suffix, magic in ((".pb", b""), (".hdf5", b"\x89HDF\r\n\x1a\n")):
