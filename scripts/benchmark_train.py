@@ -87,8 +87,8 @@ def measure(contender: str, case: str, args: argparse.Namespace) -> dict[str, An
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(run_steps(trainer, batches) for _ in range(args.repeats))
-    if contender == "lightseq" and torch.cuda.is_available() and trainer._whole_step() is None:
-        raise SystemExit(f"{case}: steps were not taken as graphs ({trainer._reason})")
+    if contender == "lightseq" and torch.cuda.is_available() and trainer.obstacle:
+        raise SystemExit(f"{case}: steps were not taken as graphs ({trainer.obstacle})")
     words = sum(int(batch["ntokens"]) for batch in batches)
     row = {"case": f"{case}-{args.dtype}", "contender": contender, "ms": round(seconds / len(batches) * 1e3, 3),
            "target_tokens": words // len(batches), "wps": round(words / seconds)}

@@ -8,19 +8,18 @@ saved is exact. Where a whole step cannot be captured, fairseq's own loop runs a
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from typing import Any
 
 import torch
 from fairseq.logging import metrics
-from fairseq.optim import FP16Optimizer, MemoryEfficientFP16Optimizer
 from fairseq.trainer import Trainer
 
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
-from lightseq_fairseq.plugin.ls_adam import LSAdam
 from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
 from lightseq_fairseq.plugin.ls_transformer import LSTransformerModel
-from lightseq_fairseq.plugin.packed_batch import PackedBatch
+from lightseq_fairseq.plugin.packed_batch import PACKED, PackedBatch, PackingCollater
 from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
 
 logger = logging.getLogger(__name__)
@@ -31,51 +30,47 @@ class LSTrainer(Trainer):
 
     whole_step_devices = ("cuda",)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._step: WholeStep | None = None
-        self._pending: dict[str, Any] | None = None
-        self._said: set[str] = set()
-        self._reason: str | None = None
-        self._train_iterator: Any = None
+    _step: WholeStep | None = None
+    _pending: dict[str, Any] | None = None
+    _train_iterator: Any = None
 
     # What can be a whole step ----------------------------------------------------------------------------------
 
-    def _obstacle(self) -> str | None:
+    @functools.cached_property
+    def obstacle(self) -> str | None:
         """Why this run's steps cannot be captured, or None."""
         cfg, model = self.cfg, self.get_model()
-        optimizer = self.optimizer
-        inner = getattr(optimizer, "fp32_optimizer", optimizer)
+        ours = isinstance(model, LSTransformerModel)
+        configs = [model.encoder.config, model.decoder.config] if ours else []
         obstacles = {
             f"the device is {self.device.type}": self.device.type not in self.whole_step_devices,
-            "the model is not ls_transformer": not isinstance(model, LSTransformerModel),
+            "the model is not ls_transformer": not ours,
             "the criterion is not ls_label_smoothed_cross_entropy":
                 not isinstance(self.get_criterion(), LSLabelSmoothedCrossEntropyCriterion),
-            "the optimizer is not ls_adam": not isinstance(inner, LSAdam),
-            "--memory-efficient-fp16 keeps no fp32 parameters": isinstance(optimizer, MemoryEfficientFP16Optimizer),
-            "--amp scales on the host": bool(cfg.common.amp),
-            "the optimizer is sharded or wrapped": not isinstance(optimizer, (LSAdam, FP16Optimizer)),
+            "the optimizer is not ls_adam": getattr(cfg.optimizer, "_name", None) != "ls_adam",
+            "fp32 parameters are not kept (--memory-efficient-fp16 or -bf16)":
+                cfg.common.memory_efficient_fp16 or cfg.common.memory_efficient_bf16,
+            "--amp scales on the host": cfg.common.amp,
             f"--ddp-backend {cfg.distributed_training.ddp_backend} owns the gradients":
                 self.is_fsdp or cfg.distributed_training.ddp_backend == "slowmo",
-            "--use-bmuf averages models": bool(cfg.optimization.use_bmuf),
-            "layers are dropped at random": bool(getattr(model, "encoder", None)) and isinstance(
-                model, LSTransformerModel) and max(model.encoder.config.encoder_layerdrop,
-                                                   model.decoder.config.decoder_layerdrop) > 0,
+            "the optimizer is sharded (--zero-sharding)": cfg.distributed_training.zero_sharding == "os",
+            "--use-bmuf averages models": cfg.optimization.use_bmuf,
+            "layers are dropped at random":
+                any(max(config.encoder_layerdrop, config.decoder_layerdrop) > 0 for config in configs),
             "activations are recomputed (--checkpoint-activations)":
-                bool(getattr(cfg.model, "checkpoint_activations", False)),
-            "several parameter groups": len(inner.optimizer.param_groups) > 1,
-            "a profile is asked for": bool(cfg.common.profile),
+                getattr(cfg.model, "checkpoint_activations", False),
+            "the task wants the EMA model": getattr(self.task, "uses_ema", False),
         }
         return next((words for words, holds in obstacles.items() if holds), None)
 
+    @property
+    def use_distributed_wrapper(self) -> bool:
+        """A whole step reduces gradients itself."""
+        return super().use_distributed_wrapper and self.obstacle is not None
+
     def _whole_step(self) -> WholeStep | None:
-        if self._step is None and self._reason is None:
-            self._reason = self._obstacle() or ""
-            if self._reason:
-                if self.device.type == "cuda":
-                    logger.info("steps run one kernel after another, because %s", self._reason)
-            else:
-                self._step = self._build_step()
+        if self._step is None and self.obstacle is None:
+            self._step = self._build_step()
         return self._step
 
     def _build_step(self) -> WholeStep:
@@ -94,7 +89,7 @@ class LSTrainer(Trainer):
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         """One update; the values it logs are those of the update before, unless fairseq is about to look at them."""
         step = self._whole_step()
-        if step is None or getattr(self.task, "uses_ema", False):
+        if step is None:
             return super().train_step(samples, raise_oom)
         self._set_seed()
         if not self.model.training:
@@ -122,17 +117,30 @@ class LSTrainer(Trainer):
         if previous is not None and scaler is not None:
             if_good = Rates(lr, _scale_after(scaler, overflow=False))
             if_overflow = Rates(previous["lr"], _scale_after(scaler, overflow=True))
-        criterion = self.get_criterion()
         for i, sample in enumerate(samples):
-            dummy = sample is None or len(sample) == 0
-            sample = self._dummy_batch if dummy else sample
-            sentences = sample["target"].size(0)
-            counts = (0.0, 0.0, 0.0) if dummy else (
-                float(sentences if criterion.sentence_avg else sample["ntokens"]), float(sample["ntokens"]),
-                float(sentences))
-            batch = PackedBatch.of(sample, criterion.padding_idx, criterion.ignore_prefix_size, counted=not dummy)
+            batch, counts = self._packed(sample)
             step.launch(batch, counts, if_good, if_overflow, first=i == 0, last=i == len(samples) - 1)
         self._pending = {"lr": if_good.lr, "lr_if_overflow": if_overflow.lr, "previous": previous}
+
+    def _packed(self, sample: Any) -> tuple[PackedBatch, tuple[float, float, float]]:
+        """A batch for the device and its sample size, tokens and sentences.
+
+        No sample at all, where this rank has run out of batches before others, is one that counts nothing.
+        """
+        dummy = sample is None or len(sample) == 0
+        sample, criterion = self._dummy_batch if dummy else sample, self.get_criterion()
+        packed = sample.get(PACKED)
+        if packed is None:
+            packed = self._packer()(sample)[PACKED]
+        batch = PackedBatch(*packed)
+        if dummy:
+            return batch.uncounted(criterion.padding_idx), (0.0, 0.0, 0.0)
+        ntokens, nsentences = float(sample["ntokens"]), float(sample["nsentences"])
+        return batch, (nsentences if criterion.sentence_avg else ntokens, ntokens, nsentences)
+
+    def _packer(self, collate: Any = None) -> PackingCollater:
+        criterion = self.get_criterion()
+        return PackingCollater(collate, criterion.padding_idx, criterion.ignore_prefix_size)
 
     def _finish_previous(self) -> Any:
         """Take note of the update before the one just launched."""
@@ -181,8 +189,13 @@ class LSTrainer(Trainer):
     # Where fairseq looks ----------------------------------------------------------------------------------------
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_iterator = super().get_train_iterator(*args, **kwargs)
-        return self._train_iterator
+        """fairseq's, whose workers pack the batches of whole steps."""
+        iterator = self._train_iterator = super().get_train_iterator(*args, **kwargs)
+        if self.obstacle is None and not isinstance(iterator.collate_fn, PackingCollater):
+            iterator.collate_fn = self._packer(iterator.collate_fn)
+        elif self.device.type == "cuda" and self.obstacle is not None:
+            logger.info("steps run one kernel after another, because %s", self.obstacle)
+        return iterator
 
     def begin_epoch(self, epoch: int) -> None:
         self.finish_steps()
@@ -205,11 +218,11 @@ class LSTrainer(Trainer):
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's; what was captured before refers to storage that is no longer the optimizer's."""
         self.finish_steps()
-        self._step = self._reason = None
+        self._step = None
         return super().load_checkpoint(*args, **kwargs)
 
     def reinitialize(self) -> None:
-        self._step = self._reason = self._pending = None
+        self._step = self._pending = None
         super().reinitialize()
 
 

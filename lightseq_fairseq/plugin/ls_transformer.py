@@ -75,7 +75,7 @@ def layer_config(cfg: Any, src_dict: Any, tgt_dict: Any) -> TransformerConfig:
         max_source_positions=cfg.max_source_positions, max_target_positions=cfg.max_target_positions,
         no_scale_embedding=cfg.no_scale_embedding,
         share_decoder_input_output_embed=cfg.share_decoder_input_output_embed,
-        share_all_embeddings=cfg.share_all_embeddings or cfg.merge_src_tgt_embed,
+        share_all_embeddings=cfg.share_all_embeddings or getattr(cfg, "merge_src_tgt_embed", False),  # absent in 0.12.2
         cross_self_attention=cfg.cross_self_attention, no_cross_attention=cfg.no_cross_attention,
         bos=tgt_dict.bos(), pad=tgt_dict.pad(), eos=tgt_dict.eos(), unk=tgt_dict.unk(),
         dropout=cfg.dropout, attention_dropout=cfg.attention_dropout,

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightseq_fairseq.layers import Packing
 
+PACKED = "packed"
+"""Key of a sample's (bucket, buffer)."""
+
 CONTROLS = 8
 """fp32 numbers for the device that travel with the batch."""
 
@@ -87,18 +90,16 @@ class PackedBatch:
     """(words,) int64."""
 
     @classmethod
-    def of(cls, sample: dict[str, Any], pad: int, ignore_prefix_size: int = 0, counted: bool = True) -> PackedBatch:
+    def of(cls, sample: dict[str, Any], pad: int, ignore_prefix_size: int = 0) -> PackedBatch:
         """Pack a collated translation batch that is still on the CPU.
 
-        The first ``ignore_prefix_size`` targets of each sentence do not count; with ``counted`` false none does.
+        The first ``ignore_prefix_size`` targets of each sentence do not count.
         """
         source = sample["net_input"]["src_tokens"]
         previous, target = sample["net_input"]["prev_output_tokens"], sample["target"]
         source_packing, target_packing = Packing.of(source, pad), Packing.of(previous, pad)
         targets = target_packing.pack(target)
-        if not counted:
-            targets = torch.full_like(targets, pad)
-        elif ignore_prefix_size > 0:
+        if ignore_prefix_size > 0:
             targets = targets.masked_fill(target_packing.positions < ignore_prefix_size, pad)
 
         bucket, fill = _bucket_for(source_packing, target_packing)
@@ -117,6 +118,30 @@ class PackedBatch:
             offsets[packing.batch + 1 + len(lengths):] = count + sum(lengths)
         views.targets[:targets.numel()] = targets
         return cls(bucket, buffer)
+
+    def uncounted(self, pad: int) -> PackedBatch:
+        """The same batch with no target that counts."""
+        buffer = self.buffer.clone()
+        self.bucket.views(buffer).targets.fill_(pad)
+        return PackedBatch(self.bucket, buffer)
+
+
+@dataclass(frozen=True)
+class PackingCollater:
+    """fairseq's collater and the packing after it, for data-loader workers: one tensor leaves them for a batch."""
+
+    collate: Any
+    """Makes fairseq's sample of a list of examples; None where a sample is given."""
+    pad: int
+    ignore_prefix_size: int
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        sample = examples if self.collate is None else self.collate(examples)
+        if not sample:
+            return sample
+        batch = PackedBatch.of(sample, self.pad, self.ignore_prefix_size)
+        return {"nsentences": sample["target"].size(0), "ntokens": sample["ntokens"],
+                PACKED: (Bucket(*batch.bucket), batch.buffer)}
 
 
 def _bucket_for(source: Packing, target: Packing) -> tuple[Bucket, tuple[list[int], list[int]]]:

@@ -59,7 +59,7 @@ class Run:
             reduce_metrics(task, logs, criterion)
 
         args = training_args(data, *RECIPE, *flags, "--save-dir", str(save_dir))
-        args.cpu = device.type == "cpu"
+        args.cpu, args.distributed_world_size = device.type == "cpu", 1
         with monkeypatch.context() as patch:
             patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))
             patch.setattr(FairseqTask, "reduce_metrics", record)
@@ -93,7 +93,7 @@ def assert_same_curve(ours: Run, stock: Run) -> None:
 def test_updates_are_fairseqs(case, data_bin, tmp_path, monkeypatch, device, stock_trainer):
     stock = Run(data_bin, tmp_path / "stock", monkeypatch, device, stock_trainer, *STOCK, *CASES[case])
     ours = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, *CASES[case])
-    assert ours.trainer._step is not None, ours.trainer._reason
+    assert ours.trainer._step is not None, ours.trainer.obstacle
     assert_same_curve(ours, stock)
     assert ours.trainer.get_num_updates() == 20
     for name, value in stock.state.items():
@@ -131,7 +131,7 @@ def test_an_overflow_skips_its_update_and_halves_the_scale(data_bin, tmp_path, m
     flags = ["--fp16", "--fp16-init-scale", str(2**40)]
     stock = Run(data_bin, tmp_path / "stock", monkeypatch, device, stock_trainer, *STOCK, *flags)
     ours = Run(data_bin, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, *flags)
-    assert ours.trainer._step is not None, ours.trainer._reason
+    assert ours.trainer._step is not None, ours.trainer.obstacle
     assert ours.trainer.get_num_updates() == stock.trainer.get_num_updates() == 20
     assert ours.trainer.optimizer.scaler.__dict__ == stock.trainer.optimizer.scaler.__dict__
     assert len(ours.logs) == len(stock.logs)
@@ -147,5 +147,5 @@ def test_an_overflow_skips_its_update_and_halves_the_scale(data_bin, tmp_path, m
 ])
 def test_what_cannot_be_a_whole_step_runs_as_fairseq_has_it(flags, reason, data_bin, tmp_path, monkeypatch, device):
     run = Run(data_bin, tmp_path, monkeypatch, device, LSTrainer, *OURS, *flags, "--max-update", "2")
-    assert run.trainer._step is None and reason in run.trainer._reason
+    assert run.trainer._step is None and reason in run.trainer.obstacle
     assert len(run.logs) == 2

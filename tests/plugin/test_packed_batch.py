@@ -64,7 +64,7 @@ def test_whoever_asks_finds_a_key(case):
 def test_what_does_not_count_has_padding_for_target():
     sample = collated([5, 6], [4, 6])
     whole = PackedBatch.of(sample, PAD)
-    prefixed, dummy = PackedBatch.of(sample, PAD, ignore_prefix_size=2), PackedBatch.of(sample, PAD, counted=False)
+    prefixed, dummy = PackedBatch.of(sample, PAD, ignore_prefix_size=2), whole.uncounted(PAD)
     targets = [b.bucket.views(b.buffer).targets[:10].tolist() for b in (whole, prefixed, dummy)]
     assert targets[1] == [PAD, PAD, *targets[0][2:4], PAD, PAD, *targets[0][6:10]]
     assert set(targets[2]) == {PAD}
