@@ -39,8 +39,8 @@ fairseq-generate "${options[@]}" --path checkpoints/checkpoint_last.pt --user-di
   --model-overrides "{'_name': 'transformer'}" >fairseq-generate.log 2>&1 || { tail fairseq-generate.log >&2; exit 1; }
 
 grep ^H- generate.log | sort -t- -k2n | cut -f3 | sacremoses -q -l de detokenize --xml-unescape >translation.txt
-paste corpus/test.en translation.txt corpus/test.de | head -n 5 |
-  awk -F '\t' '{ printf "  source       %s\n  translation  %s\n  reference    %s\n\n", $1, $2, $3 }'
+paste corpus/test.en translation.txt corpus/test.de |
+  awk -F '\t' 'NR <= 5 { printf "  source       %s\n  translation  %s\n  reference    %s\n\n", $1, $2, $3 }'
 sacrebleu corpus/test.de -i translation.txt -m bleu --format text
 bleu=$(sacrebleu corpus/test.de -i translation.txt -m bleu -b)
 awk -v bleu="$bleu" 'BEGIN { exit !(bleu >= 60) }' || fail "BLEU is $bleu, at least 60 was expected: see $out/train.log"
