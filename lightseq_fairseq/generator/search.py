@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lightseq_fairseq.generator.top_k import top_k
+from lightseq_fairseq.generator.top_k import LONG_ROW, top_k
 
 
 class Candidates(NamedTuple):
@@ -50,20 +50,33 @@ class BeamSearch:
         """See :class:`SearchStrategy`; fewer candidates where the vocabulary has not so many, pad being never one."""
         _, rows, vocab = lprobs.shape
         count = min(self.candidates, rows * vocab - 1)
+        if rows == 1:
+            values, tokens = top_k(lprobs[:, 0], count)
+            values = _no_nan(values if scores is None else values.add_(scores))
+            return Candidates(self._rewritten(step, values), tokens, torch.zeros_like(tokens))
+        assert scores is not None
+        if vocab < LONG_ROW and not self.diversity_rate:  # as fairseq does it, so that ties are broken alike
+            values, places = _no_nan(lprobs.add_(scores.unsqueeze(-1))).flatten(1).topk(count)
+            return Candidates(values, places % vocab, places // vocab)
         each = min(count, vocab)
         values, tokens = top_k(lprobs, each)  # (B, R, each)
-        values.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # a NaN spoils its whole row
-        if scores is not None:
-            values += scores.unsqueeze(-1)
-            if self.diversity_rate:
-                values -= self.diversity_rate * torch.arange(1, each + 1, device=values.device)
-        if rows == 1:
-            return Candidates(values[:, 0], tokens[:, 0], torch.zeros_like(tokens[:, 0]))
+        values = self._rewritten(step, _no_nan(values.add_(scores.unsqueeze(-1))))
         values, places = values.flatten(1).topk(count)  # (B, R * each) -> (B, count)
         return Candidates(values, tokens.flatten(1).gather(1, places), places // each)
 
+    def _rewritten(self, step: int, values: Tensor) -> Tensor:
+        """Scores (..., each), best first, less what siblings lose by rank."""
+        if not self.diversity_rate or step == 0:
+            return values
+        return values.sub_(self.diversity_rate * torch.arange(1, values.size(-1) + 1, device=values.device))
+
     def keep(self, sentences: Tensor) -> None:
         """Nothing is remembered."""
+
+
+def _no_nan(values: Tensor) -> Tensor:
+    """-inf for NaN, in place; a logit that is no number has spoilt the whole row of its beam."""
+    return values.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 class LengthMatchedSearch(BeamSearch):

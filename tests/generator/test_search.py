@@ -26,6 +26,14 @@ def test_later_steps_rank_the_sums_over_all_beams():
     assert sorted(zip(tokens.tolist()[0][2:], beams.tolist()[0][2:], strict=True)) == [(1, 1), (2, 0)]
 
 
+def test_a_long_vocabulary_is_searched_in_two_stages_with_the_same_result():
+    table, scores = torch.randn(3, 4, 5000), torch.randn(3, 4)
+    values, places = (table + scores[..., None]).flatten(1).topk(8)
+    found = BeamSearch(4)(1, table, scores)
+    assert torch.equal(found.scores, values)
+    assert torch.equal(found.tokens, places % 5000) and torch.equal(found.beams, places // 5000)
+
+
 def test_a_beam_of_nan_comes_last():
     table = torch.tensor([TWO_BEAMS])
     table[0, 1] = torch.nan
