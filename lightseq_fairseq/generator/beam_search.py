@@ -110,6 +110,7 @@ class _Decoding:
         self.states = [model.encode(src_tokens, self.beam, max(max_lens) + 1) for model in models]
         self.need_attention = options.return_attention or options.return_alignment
         self.limits = torch.tensor(max_lens, device=self.device)
+        self.limit_steps = set(max_lens)
         self.complete = torch.zeros(len(src_tokens), dtype=torch.int64, device=self.device)  # hypotheses so far
         self.history = History(len(src_tokens), self.beam, self.device)
         self.continuation = Continuation(self.beam, config.eos)
@@ -159,7 +160,7 @@ class _Decoding:
     def _count_live(self, step: int, ended: Tensor) -> int:
         """Sentences that are not finished; the one value that the host reads of a step."""
         self.complete += ended.sum(1)
-        if step in self.max_lens:
+        if step in self.limit_steps:
             self.complete[self.limits <= step] = self.beam
         return int((self.complete < self.beam).sum())
 
@@ -228,8 +229,13 @@ def _check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], option
     empty = [i for i, sentence in enumerate(src_tokens) if not len(sentence)]
     if empty:
         wrong.append(f"sentences {empty} have no tokens, not even the eos that ends every source sentence")
-    if prefix_tokens is not None and (prefix_tokens.dim() != 2 or len(prefix_tokens) != batch):
-        wrong.append(f"prefix_tokens must have shape ({batch}, P), got {tuple(prefix_tokens.shape)}")
+    types = models[0].config.tgt_vocab_size
+    if prefix_tokens is not None:
+        if prefix_tokens.dim() != 2 or len(prefix_tokens) != batch:
+            wrong.append(f"prefix_tokens must have shape ({batch}, P), got {tuple(prefix_tokens.shape)}")
+        strange = prefix_tokens[(prefix_tokens < 0) | (prefix_tokens >= types)].tolist()
+        if strange:
+            wrong.append(f"prefix_tokens must be ids of the {types} target types, got {strange[0]}")
     if len(max_lens) != batch:
         wrong.append(f"max_lens must have one entry for each of {batch} sentences, got {len(max_lens)}")
     if min(max_lens) < options.min_len:

@@ -42,6 +42,13 @@ def test_lines_equal_fairseqs(options, data_bin, checkpoint):
     assert [line[:4] for line in found if line.startswith("W-")] == [f"W-{i}\t" for i in range(6)]
 
 
+def test_speed_is_reported_at_the_end(data_bin, checkpoint, caplog):
+    with caplog.at_level("INFO", "lightseq_fairseq.cli.interactive"):
+        ours(data_bin, "--path", checkpoint)
+    assert re.fullmatch(r"Translated 6 sentences \(\d+ tokens\) in [\d.]+s \([\d.]+ sentences/s, [\d.]+ tokens/s\)",
+                        caplog.messages[-1])
+
+
 def test_empty_lines_have_a_translation_of_their_own(data_bin, checkpoint):
     found = ours(data_bin, "--path", checkpoint, stdin="\n\n")
     assert [line for line in found if line.startswith("S-")] == ["S-0\t", "S-1\t"]

@@ -281,13 +281,19 @@ def test_a_beam_with_no_way_on_is_idle_and_ends_nothing_more():
 @pytest.mark.parametrize("more, message", [
     (dict(src=[torch.tensor([], dtype=torch.int64)]), r"sentences \[0\] have no tokens"),
     (dict(prefix_tokens=torch.tensor([4])), r"prefix_tokens must have shape \(7, P\), got \(1,\)"),
+    (dict(prefix_tokens=torch.full((7, 1), 40)), "prefix_tokens must be ids of the 40 target types, got 40"),
     (dict(max_lens=[3]), "one entry for each of 7 sentences, got 1"),
     (dict(max_lens=[3] * 6 + [0]), "min_len 1 exceeds the longest output allowed to a sentence, 0"),
-    (dict(models=[stock_transformer(), stock_transformer(9, updates=1)]), "must have one tgt_vocab_size"),
 ])
 def test_what_does_not_fit_is_said(more, message):
     with pytest.raises(GenerationError, match=message):
         run(GenerationOptions(beam=2), **more)
+
+
+def test_an_ensemble_of_two_vocabularies_is_an_error():
+    models = [stock_transformer(), stock_transformer(9, updates=1)]
+    with pytest.raises(GenerationError, match=r"must have one tgt_vocab_size, got \[9, 40\]"):
+        run(GenerationOptions(beam=2), models=models)
 
 
 def test_a_model_of_nan_is_an_error():
