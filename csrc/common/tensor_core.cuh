@@ -114,18 +114,16 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
 // Lane t of each four holds words[n], the columns 2t and 2t + 1 of an 8-wide piece n; after it, all 8 columns of piece t.
 __device__ __forceinline__ uint4 gather_columns(const uint32_t (&words)[4]) {
   const bool odd = threadIdx.x & 1, late = threadIdx.x & 2;
-  uint32_t w[4] = {words[0], words[1], words[2], words[3]};
+  uint32_t w[4];
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
-    odd ? w[i] = other : w[i + 1] = other;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
+    w[i] = odd ? other : words[i];
+    w[i + 1] = odd ? words[i + 1] : other;
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, late ? w[i] : w[i + 2], 2);
-    late ? w[i] = other : w[i + 2] = other;
-  }
-  return {w[0], w[1], w[2], w[3]};
+  const uint32_t first = __shfl_xor_sync(0xffffffffu, late ? w[0] : w[2], 2);
+  const uint32_t second = __shfl_xor_sync(0xffffffffu, late ? w[1] : w[3], 2);
+  return late ? make_uint4(first, second, w[2], w[3]) : make_uint4(w[0], w[1], first, second);
 }
 
 }  // namespace lightseq

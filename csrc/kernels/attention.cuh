@@ -18,17 +18,16 @@ namespace attention {
 template <typename T>
 struct Heads {
   T* data;
-  long token_stride, head_stride;
+  int token_stride, head_stride;
 
-  __device__ __forceinline__ T* row(long token, int head) const {
-    return data + token * token_stride + head * head_stride;
+  __device__ __forceinline__ T* row(int token, int head) const {
+    return data + static_cast<long>(token) * token_stride + static_cast<long>(head) * head_stride;
   }
 };
 
 struct Problem {
   const int *cu_seqlens_q, *cu_seqlens_k;  // (B + 1,)
-  int sentences, heads, head_dim;
-  long tokens_q, tokens_k;
+  int sentences, heads, head_dim, tokens_q, tokens_k;
   int max_len_q, max_len_k;  // upper bounds, known on the host
   bool causal;
   double scale;
@@ -38,20 +37,42 @@ struct Problem {
 // Rows of one sentence. The blocks past the last one get the rows behind it, which are not `real`: they belong to no
 // sentence, and zeros are written there.
 struct Span {
-  long q_begin, k_begin;
-  int q_len, k_len;
+  int q_begin, k_begin, q_len, k_len;
   bool causal, real;
 
   __device__ __forceinline__ Span(const Problem& p, int sentence) : causal(p.causal), real(sentence < p.sentences) {
     q_begin = p.cu_seqlens_q[sentence];
     k_begin = p.cu_seqlens_k[sentence];
-    q_len = static_cast<int>((real ? p.cu_seqlens_q[sentence + 1] : p.tokens_q) - q_begin);
-    k_len = static_cast<int>((real ? p.cu_seqlens_k[sentence + 1] : p.tokens_k) - k_begin);
+    q_len = (real ? p.cu_seqlens_q[sentence + 1] : p.tokens_q) - q_begin;
+    k_len = (real ? p.cu_seqlens_k[sentence + 1] : p.tokens_k) - k_begin;
+  }
+
+  // Where the sentence begins in one head's row of an (H, Nq) tensor.
+  __device__ __forceinline__ long sums_begin(const Problem& p, int head) const {
+    return static_cast<long>(head) * p.tokens_q + q_begin;
   }
 
   // How many keys, from the first on, a query sees.
   __device__ __forceinline__ int visible(int query) const {
     return causal ? max(0, min(k_len, query + 1 + k_len - q_len)) : k_len;
+  }
+};
+
+// Eight random numbers for eight probabilities, and the bound below which dropout drops them.
+struct Draw {
+  uint32_t words[4], bound;
+
+  // `element` is a constant wherever this is unrolled; compared where it lies, in the upper half of a word.
+  __device__ __forceinline__ bool keeps(int element) const {
+    const uint32_t word = words[element / 2];
+    return (element % 2 ? word : word << 16) >= bound;
+  }
+
+  // For a query and a key that share this draw.
+  __device__ __forceinline__ bool keeps(int query, int key) const {
+    const uint32_t upper = key & 8 ? words[2] : words[0], lower = key & 8 ? words[3] : words[1];
+    const uint32_t word = query & 8 ? lower : upper;
+    return (key & 1 ? word : word << 16) >= bound;
   }
 };
 
@@ -63,44 +84,44 @@ struct Span {
 class ProbabilityMask {
  public:
   __device__ __forceinline__ ProbabilityMask(const Dropout& dropout, int sentence, int head)
-      : key_(dropout.threshold ? static_cast<uint64_t>(*dropout.seed) : 0),
-        threshold_(dropout.threshold),
+      : key_(dropout.bound ? static_cast<uint64_t>(*dropout.seed) : 0),
+        bound_(dropout.bound),
         head_(head),
         sentence_(sentence) {}
 
-  // Bit e: element e of this lane's eight in the 16 x 16 block (row_block, column_block) of scores is kept.
-  __device__ __forceinline__ uint32_t kept(int row_block, int column_block) const {
-    const int lane = threadIdx.x % kWarp;
-    return threshold_ ? draw(row_block * 8 + lane / 4, column_block * 4 + lane % 4) : 0xffu;
+  __device__ __forceinline__ Draw draw(int query, int key) const {
+    if (bound_ == 0) return {};
+    const uint32_t x = query / 16 * 8 + query % 8, y = key / 16 * 4 + key % 8 / 2;
+    const uint4 numbers = philox(key_, make_uint4(x, y, head_, 1 + sentence_));
+    return {{numbers.x, numbers.y, numbers.z, numbers.w}, bound_};
   }
 
-  __device__ __forceinline__ bool kept_one(int i, int j) const {
-    if (threshold_ == 0) return true;
-    return draw(i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2) >> (j / 8 % 2 * 4 + i / 8 % 2 * 2 + j % 2) & 1;
+  // This lane's eight elements of a 16 x 16 block of scores, given the block's numbers.
+  __device__ __forceinline__ Draw draw_block(int row_block, int column_block) const {
+    const int lane = threadIdx.x % kWarp;
+    return draw(row_block * 16 + lane / 4, column_block * 16 + lane % 4 * 2);
   }
 
  private:
-  __device__ __forceinline__ uint32_t draw(uint32_t x, uint32_t y) const {
-    const uint4 numbers = philox(key_, make_uint4(x, y, head_, 1 + sentence_));
-    const uint32_t words[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      bits |= static_cast<uint32_t>((words[i] & 0xffff) >= threshold_) << (2 * i);
-      bits |= static_cast<uint32_t>(words[i] >> 16 >= threshold_) << (2 * i + 1);
-    }
-    return bits;
-  }
-
   uint64_t key_;
-  unsigned threshold_, head_, sentence_;
+  unsigned bound_, head_, sentence_;
 };
 
 // Zeros in rows first, first + 1, ... of one head; for rows that belong to no sentence.
 template <typename T>
-__device__ void clear_rows(const Heads<T>& x, long first, long count, int head, int head_dim) {
-  for (long i = threadIdx.x; i < count * head_dim; i += blockDim.x) {
-    x.row(first + i / head_dim, head)[i % head_dim] = from_float<T>(0.f);
+__device__ void clear_rows(const Heads<T>& x, int first, int count, int head, int head_dim) {
+#pragma unroll 1
+  for (int row = threadIdx.x / kWarp; row < count; row += blockDim.x / kWarp) {
+#pragma unroll 1
+    for (int d = threadIdx.x % kWarp; d < head_dim; d += kWarp) x.row(first + row, head)[d] = from_float<T>(0.f);
+  }
+}
+
+// More than 48 KiB of shared memory must be asked for.
+template <typename Kernel>
+void allow_shared(Kernel kernel, const char* name, int bytes) {
+  if (bytes > 48 * 1024) {
+    check_launch(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
 }
 

@@ -1,7 +1,8 @@
 // Attention for what the tensor cores do not take: fp32, fp64, head sizes not a multiple of 8, sentences of any length.
 //
-// One warp a query (forward, dq) or a key (dk, dv). It takes the other side in runs of 32: a lane scores one of
-// them, then the lanes share out the D columns and sum over the run. Arithmetic in fp32, in fp64 for fp64.
+// A block takes 32 queries (forward, dq) or keys (dk, dv) of one (sentence, head), ROWS a warp, and walks over the other
+// side in runs of 32 that it copies to shared memory: each lane scores one of a run against the warp's rows, then the
+// lanes share out the D columns and sum over the run. Arithmetic in fp32, in fp64 for fp64.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +12,14 @@
 namespace lightseq {
 namespace attention {
 
-constexpr int kRowWarps = 4, kMaxHeadDim = 256, kLaneColumns = kMaxHeadDim / kWarp;
+constexpr int kRun = kWarp, kMaxHeadDim = 256, kLaneColumns = kMaxHeadDim / kWarp, kStep = 8;
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Rows a warp: 8 apart, so that pairs of them share random numbers.
+template <typename T>
+constexpr int kRows = std::is_same_v<T, double> ? 2 : 4;
 
 template <typename A>
 __device__ __forceinline__ A sum_of_warp(A x) {
@@ -30,27 +35,66 @@ __device__ __forceinline__ A max_of_warp(A x) {
   return x;
 }
 
-template <typename A, typename T>
-__device__ __forceinline__ A dot(const A* a, const T* b, int count) {
-  A sum = 0;
-  for (int d = 0; d < count; ++d) sum += a[d] * static_cast<A>(b[d]);
-  return sum;
-}
+// A block's shared memory: two operands of its own rows, dim columns each, and two of a run, one column more, which
+// puts the lanes of a warp on different banks.
+template <typename A>
+struct PlainTiles {
+  A *own[2], *run[2];
+  int dim;
 
-template <typename A, typename T>
-__device__ __forceinline__ void widen_row(A* to, const T* from, int count) {
-  for (int d = threadIdx.x % kWarp; d < count; d += kWarp) to[d] = static_cast<A>(from[d]);
-}
+  static __host__ __device__ int bytes(int rows, int dim) { return (rows * dim + kRun * (dim + 1)) * 2 * sizeof(A); }
 
-// sum += weight row, this lane's columns
-template <typename A, typename T>
-__device__ __forceinline__ void add_row(A (&sum)[kLaneColumns], A weight, const T* row, int count) {
-#pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) {
-    const int d = threadIdx.x % kWarp + i * kWarp;
-    if (d < count) sum[i] += weight * static_cast<A>(row[d]);
+  __device__ __forceinline__ PlainTiles(void* shared, int rows, int dim) : dim(dim) {
+    own[0] = static_cast<A*>(shared);
+    own[1] = own[0] + rows * dim;
+    run[0] = own[1] + rows * dim;
+    run[1] = run[0] + kRun * (dim + 1);
   }
-}
+
+  // Copies rows first, first + 1, ... of one head; zeros past `inside` of them.
+  template <typename T>
+  __device__ __forceinline__ void copy(A* to, int stride, const Heads<T>& x, int first, int head, int rows,
+                                       int inside) const {
+    for (int row = threadIdx.x / kWarp; row < rows; row += blockDim.x / kWarp) {
+      for (int d = threadIdx.x % kWarp; d < dim; d += kWarp) {
+        to[row * stride + d] = row < inside ? static_cast<A>(x.row(first + row, head)[d]) : A(0);
+      }
+    }
+  }
+
+  // This lane's row of the run times rows own, own + 8, ... of the block.
+  template <int ROWS>
+  __device__ __forceinline__ void dot(A (&products)[ROWS], int operand, int own_row) const {
+    const A* const a = own[operand] + own_row * dim;
+    const A* const b = run[operand] + threadIdx.x % kWarp * (dim + 1);
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) products[r] = 0;
+#pragma unroll 4
+    for (int d = 0; d < dim; ++d) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) products[r] += a[r * kStep * dim + d] * b[d];
+    }
+  }
+
+  // sums += weights of the run, one a lane, times the run; this lane's columns.
+  template <int ROWS>
+  __device__ __forceinline__ void add_run(A (&sums)[ROWS][kLaneColumns], const A (&weights)[ROWS], int operand,
+                                          int count) const {
+    for (int j = 0; j < count; ++j) {
+      A weight[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) weight[r] = __shfl_sync(0xffffffffu, weights[r], j);
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i) {
+        const int d = threadIdx.x % kWarp + i * kWarp;
+        if (d >= dim) break;
+        const A x = run[operand][j * (dim + 1) + d];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[r][i] += weight[r] * x;
+      }
+    }
+  }
+};
 
 template <typename A, typename T>
 __device__ __forceinline__ void write_row(T* to, const A (&from)[kLaneColumns], A factor, int count) {
@@ -62,157 +106,216 @@ __device__ __forceinline__ void write_row(T* to, const A (&from)[kLaneColumns], 
 }
 
 // ----------------------------------------------------------------------------------------------------------------
-// CUDA kernels. Grid: ((B + 1) H, tiles of kRowWarps queries or keys). Shapes as in attention_tiles.cuh; delta (H, Nq).
+// CUDA kernels. Grid: (B + 1, H, tiles of rows). Shapes as in attention_tiles.cuh; delta (H, Nq).
 
 template <typename T>
-__global__ void __launch_bounds__(kRowWarps* kWarp)
+__global__ void __launch_bounds__(kStep* kWarp)
     forward_queries(Heads<T> out, Wide<T>* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  __shared__ A q_rows[kRowWarps][kMaxHeadDim];
-  const int head = blockIdx.x % p.heads, sentence = blockIdx.x / p.heads;
+  constexpr int ROWS = kRows<T>;
+  extern __shared__ uint4 shared[];
+  const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
-    if (blockIdx.y == 0) clear_rows(out, span.q_begin, span.q_len, head, p.head_dim);
+    if (blockIdx.z == 0) clear_rows(out, span.q_begin, span.q_len, head, p.head_dim);
     return;
   }
-  const int lane = threadIdx.x % kWarp, query = blockIdx.y * kRowWarps + threadIdx.x / kWarp;
-  if (query >= span.q_len) return;
-  A* const q_row = q_rows[threadIdx.x / kWarp];
-  widen_row(q_row, q.row(span.q_begin + query, head), p.head_dim);
-  __syncwarp();
+  const int rows = ROWS * kStep, first = blockIdx.z * rows;
+  if (first >= span.q_len) return;
+  const PlainTiles<A> tile(shared, rows, p.head_dim);
+  tile.copy(tile.own[0], p.head_dim, q, span.q_begin + first, head, rows, span.q_len - first);
 
-  const ProbabilityMask mask(p.dropout, sentence, head);
-  const int seen = span.visible(query);
-  A o[kLaneColumns] = {}, top = -INFINITY, sum = 0;
-  for (int base = 0; base < seen; base += kWarp) {
-    const int key = base + lane;
-    const A s = key < seen ? dot(q_row, k.row(span.k_begin + key, head), p.head_dim) * static_cast<A>(p.scale)
-                           : static_cast<A>(-INFINITY);
-    const A peak = max(top, max_of_warp(s)), shrink = exp(top - peak), e = exp(s - peak);
-    const A weight = mask.kept_one(query, key) ? e : A(0);
-    sum = sum * shrink + sum_of_warp(e);
-    top = peak;
+  const int keys = span.visible(min(first + rows, span.q_len) - 1);
+  A o[ROWS][kLaneColumns] = {}, top[ROWS], sum[ROWS] = {};
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) o[i] *= shrink;
-    for (int j = 0; j < min(kWarp, seen - base); ++j) {
-      add_row(o, __shfl_sync(0xffffffffu, weight, j), v.row(span.k_begin + base + j, head), p.head_dim);
+  for (int r = 0; r < ROWS; ++r) top[r] = -INFINITY;
+  for (int base = 0; base < keys; base += kRun) {
+    __syncthreads();
+    tile.copy(tile.run[0], p.head_dim + 1, k, span.k_begin + base, head, kRun, keys - base);
+    tile.copy(tile.run[1], p.head_dim + 1, v, span.k_begin + base, head, kRun, keys - base);
+    __syncthreads();
+    A weights[ROWS];
+    tile.dot(weights, 0, own);
+    Draw draw;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int query = first + own + kStep * r, key = base + lane;
+      if (r % 2 == 0) draw = mask.draw(query, key);
+      const A s = key < span.visible(query) ? weights[r] * static_cast<A>(p.scale) : static_cast<A>(-INFINITY);
+      const A peak = max(top[r], max_of_warp(s));
+      const A e = peak == -INFINITY ? A(0) : exp(s - peak), shrink = peak == top[r] ? A(1) : exp(top[r] - peak);
+      sum[r] = sum[r] * shrink + sum_of_warp(e);
+      top[r] = peak;
+#pragma unroll
+      for (int i = 0; i < kLaneColumns; ++i) o[r][i] *= shrink;
+      weights[r] = draw.keeps(query, key) ? e : A(0);
     }
+    tile.add_run(o, weights, 1, min(kRun, keys - base));
   }
-  write_row(out.row(span.q_begin + query, head), o, sum > 0 ? static_cast<A>(p.dropout.scale) / sum : A(0), p.head_dim);
-  if (lane == 0) lse[head * p.tokens_q + span.q_begin + query] = sum > 0 ? top + log(sum) : static_cast<A>(INFINITY);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int query = first + own + kStep * r;
+    if (query >= span.q_len) break;
+    const int row = span.q_begin + query;
+    write_row(out.row(row, head), o[r], sum[r] > 0 ? static_cast<A>(p.dropout.scale) / sum[r] : A(0), p.head_dim);
+    if (lane == 0) lse[span.sums_begin(p, head) + query] = sum[r] > 0 ? top[r] + log(sum[r]) : static_cast<A>(INFINITY);
+  }
 }
 
-// Also writes delta = sum(dout * out), which backward_keys reads.
+// dq, and delta = sum(dout * out), which backward_keys reads.
 template <typename T>
-__global__ void __launch_bounds__(kRowWarps* kWarp)
+__global__ void __launch_bounds__(kStep* kWarp)
     backward_queries(Heads<T> dq, Wide<T>* delta, Heads<const T> dout, Heads<const T> out, const Wide<T>* lse,
                      Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  __shared__ A q_rows[kRowWarps][kMaxHeadDim], dout_rows[kRowWarps][kMaxHeadDim];
-  const int head = blockIdx.x % p.heads, sentence = blockIdx.x / p.heads;
+  constexpr int ROWS = kRows<T>;
+  extern __shared__ uint4 shared[];
+  const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
-    if (blockIdx.y == 0) clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
+    if (blockIdx.z == 0) clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
     return;
   }
-  const int lane = threadIdx.x % kWarp, query = blockIdx.y * kRowWarps + threadIdx.x / kWarp;
-  if (query >= span.q_len) return;
-  const long row = span.q_begin + query;
-  A *const q_row = q_rows[threadIdx.x / kWarp], *const dout_row = dout_rows[threadIdx.x / kWarp];
-  widen_row(q_row, q.row(row, head), p.head_dim);
-  widen_row(dout_row, dout.row(row, head), p.head_dim);
-  __syncwarp();
-  A product = 0;
-  for (int d = lane; d < p.head_dim; d += kWarp) product += dout_row[d] * static_cast<A>(out.row(row, head)[d]);
-  product = sum_of_warp(product);
-  if (lane == 0) delta[head * p.tokens_q + row] = product;
+  const int rows = ROWS * kStep, first = blockIdx.z * rows;
+  if (first >= span.q_len) return;
+  const PlainTiles<A> tile(shared, rows, p.head_dim);
+  tile.copy(tile.own[0], p.head_dim, q, span.q_begin + first, head, rows, span.q_len - first);
+  tile.copy(tile.own[1], p.head_dim, dout, span.q_begin + first, head, rows, span.q_len - first);
+  __syncthreads();
 
-  const ProbabilityMask mask(p.dropout, sentence, head);
-  const A scale = static_cast<A>(p.scale), log_sum = lse[head * p.tokens_q + row];
-  const int seen = span.visible(query);
-  A sum[kLaneColumns] = {};
-  for (int base = 0; base < seen; base += kWarp) {
-    const int key = base + lane;
-    A ds = 0;
-    if (key < seen) {
-      const A e = exp(dot(q_row, k.row(span.k_begin + key, head), p.head_dim) * scale - log_sum);
-      const A dp = dot(dout_row, v.row(span.k_begin + key, head), p.head_dim) * static_cast<A>(p.dropout.scale);
-      ds = e * ((mask.kept_one(query, key) ? dp : A(0)) - product);
+  A log_sum[ROWS], row_sum[ROWS], dq_sum[ROWS][kLaneColumns] = {};
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int query = first + own + kStep * r;
+    log_sum[r] = INFINITY, row_sum[r] = 0;
+    if (query >= span.q_len) continue;
+    for (int d = lane; d < p.head_dim; d += kWarp) {
+      row_sum[r] += tile.own[1][(own + kStep * r) * p.head_dim + d] * static_cast<A>(out.row(span.q_begin + query, head)[d]);
     }
-    for (int j = 0; j < min(kWarp, seen - base); ++j) {
-      add_row(sum, __shfl_sync(0xffffffffu, ds, j), k.row(span.k_begin + base + j, head), p.head_dim);
-    }
+    row_sum[r] = sum_of_warp(row_sum[r]);
+    log_sum[r] = lse[span.sums_begin(p, head) + query];
+    if (lane == 0) delta[span.sums_begin(p, head) + query] = row_sum[r];
   }
-  write_row(dq.row(row, head), sum, scale, p.head_dim);
+  const A scale = static_cast<A>(p.scale), dropout_scale = static_cast<A>(p.dropout.scale);
+  const int keys = span.visible(min(first + rows, span.q_len) - 1);
+  for (int base = 0; base < keys; base += kRun) {
+    __syncthreads();
+    tile.copy(tile.run[0], p.head_dim + 1, k, span.k_begin + base, head, kRun, keys - base);
+    tile.copy(tile.run[1], p.head_dim + 1, v, span.k_begin + base, head, kRun, keys - base);
+    __syncthreads();
+    A s[ROWS], ds[ROWS];
+    tile.dot(s, 0, own);
+    tile.dot(ds, 1, own);
+    Draw draw;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int query = first + own + kStep * r, key = base + lane;
+      if (r % 2 == 0) draw = mask.draw(query, key);
+      const A e = key < span.visible(query) ? exp(s[r] * scale - log_sum[r]) : A(0);
+      ds[r] = e * ((draw.keeps(query, key) ? ds[r] * dropout_scale : A(0)) - row_sum[r]);
+    }
+    tile.add_run(dq_sum, ds, 0, min(kRun, keys - base));
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int query = first + own + kStep * r;
+    if (query < span.q_len) write_row(dq.row(span.q_begin + query, head), dq_sum[r], scale, p.head_dim);
+  }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowWarps* kWarp)
+__global__ void __launch_bounds__(kStep* kWarp)
     backward_keys(Heads<T> dk, Heads<T> dv, const Wide<T>* delta, Heads<const T> dout, const Wide<T>* lse,
                   Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  __shared__ A k_rows[kRowWarps][kMaxHeadDim], v_rows[kRowWarps][kMaxHeadDim];
-  const int head = blockIdx.x % p.heads, sentence = blockIdx.x / p.heads;
+  constexpr int ROWS = kRows<T>;
+  extern __shared__ uint4 shared[];
+  const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
-    if (blockIdx.y == 0) clear_rows(dk, span.k_begin, span.k_len, head, p.head_dim);
-    if (blockIdx.y == 0) clear_rows(dv, span.k_begin, span.k_len, head, p.head_dim);
+    if (blockIdx.z == 0) clear_rows(dk, span.k_begin, span.k_len, head, p.head_dim);
+    if (blockIdx.z == 0) clear_rows(dv, span.k_begin, span.k_len, head, p.head_dim);
     return;
   }
-  const int lane = threadIdx.x % kWarp, key = blockIdx.y * kRowWarps + threadIdx.x / kWarp;
-  if (key >= span.k_len) return;
-  A *const k_row = k_rows[threadIdx.x / kWarp], *const v_row = v_rows[threadIdx.x / kWarp];
-  widen_row(k_row, k.row(span.k_begin + key, head), p.head_dim);
-  widen_row(v_row, v.row(span.k_begin + key, head), p.head_dim);
-  __syncwarp();
+  const int rows = ROWS * kStep, first = blockIdx.z * rows;
+  if (first >= span.k_len) return;
+  const PlainTiles<A> tile(shared, rows, p.head_dim);
+  tile.copy(tile.own[0], p.head_dim, k, span.k_begin + first, head, rows, span.k_len - first);
+  tile.copy(tile.own[1], p.head_dim, v, span.k_begin + first, head, rows, span.k_len - first);
 
-  const ProbabilityMask mask(p.dropout, sentence, head);
-  const A scale = static_cast<A>(p.scale), dropout_scale = p.dropout.scale;
-  const long sums = head * p.tokens_q + span.q_begin;  // of this sentence in lse and delta
-  A dk_sum[kLaneColumns] = {}, dv_sum[kLaneColumns] = {};
-  const int first = p.causal ? max(0, key - (span.k_len - span.q_len)) : 0;  // query that sees this key
-  for (int base = first; base < span.q_len; base += kWarp) {
-    const int query = base + lane;
-    A mp = 0, ds = 0;
-    if (query < span.q_len) {
-      const A e = exp(dot(k_row, q.row(span.q_begin + query, head), p.head_dim) * scale - lse[sums + query]);
-      const A dp = dot(v_row, dout.row(span.q_begin + query, head), p.head_dim) * dropout_scale;
-      const bool keep = mask.kept_one(query, key);
-      mp = keep ? e * dropout_scale : A(0);
-      ds = e * ((keep ? dp : A(0)) - delta[sums + query]);
+  lse += span.sums_begin(p, head);
+  delta += span.sums_begin(p, head);
+  const A scale = static_cast<A>(p.scale), dropout_scale = static_cast<A>(p.dropout.scale);
+  A dk_sum[ROWS][kLaneColumns] = {}, dv_sum[ROWS][kLaneColumns] = {};
+  const int unseeing = p.causal ? max(0, first - (span.k_len - span.q_len)) : 0;  // queries that see none of these keys
+  for (int base = unseeing / kRun * kRun; base < span.q_len; base += kRun) {
+    __syncthreads();
+    tile.copy(tile.run[0], p.head_dim + 1, q, span.q_begin + base, head, kRun, span.q_len - base);
+    tile.copy(tile.run[1], p.head_dim + 1, dout, span.q_begin + base, head, kRun, span.q_len - base);
+    __syncthreads();
+    const int query = base + lane, seen = span.visible(query);
+    const A log_sum = query < span.q_len ? lse[query] : static_cast<A>(INFINITY);
+    const A row_sum = query < span.q_len ? delta[query] : A(0);
+    A mp[ROWS], ds[ROWS];
+    tile.dot(mp, 0, own);
+    tile.dot(ds, 1, own);
+    Draw draw;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int key = first + own + kStep * r;
+      if (r % 2 == 0) draw = mask.draw(query, key);
+      const A e = key < seen ? exp(mp[r] * scale - log_sum) : A(0);
+      const bool keep = draw.keeps(query, key);
+      mp[r] = keep ? e * dropout_scale : A(0);
+      ds[r] = e * ((keep ? ds[r] * dropout_scale : A(0)) - row_sum);
     }
-    for (int i = 0; i < min(kWarp, span.q_len - base); ++i) {
-      const long row = span.q_begin + base + i;
-      add_row(dk_sum, __shfl_sync(0xffffffffu, ds, i), q.row(row, head), p.head_dim);
-      add_row(dv_sum, __shfl_sync(0xffffffffu, mp, i), dout.row(row, head), p.head_dim);
-    }
+    tile.add_run(dk_sum, ds, 0, min(kRun, span.q_len - base));
+    tile.add_run(dv_sum, mp, 1, min(kRun, span.q_len - base));
   }
-  write_row(dk.row(span.k_begin + key, head), dk_sum, scale, p.head_dim);
-  write_row(dv.row(span.k_begin + key, head), dv_sum, A(1), p.head_dim);
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int key = first + own + kStep * r;
+    if (key >= span.k_len) break;
+    write_row(dk.row(span.k_begin + key, head), dk_sum[r], scale, p.head_dim);
+    write_row(dv.row(span.k_begin + key, head), dv_sum[r], A(1), p.head_dim);
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 
-inline dim3 row_grid(const Problem& p, int max_len) {
-  return dim3((p.sentences + 1) * p.heads, max(1, ceil_div(max_len, kRowWarps)));
+template <typename T>
+dim3 plain_grid(const Problem& p, int max_len) {
+  return dim3(p.sentences + 1, p.heads, max(1, ceil_div(max_len, kRows<T> * kStep)));
 }
 
 template <typename T>
-void forward_row_by_row(const Heads<T>& out, Wide<T>* lse, const Heads<const T>& q, const Heads<const T>& k,
-                        const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  forward_queries<T><<<row_grid(p, p.max_len_q), kRowWarps * kWarp, 0, stream>>>(out, lse, q, k, v, p);
+int plain_bytes(const Problem& p) {
+  return PlainTiles<Wide<T>>::bytes(kRows<T> * kStep, p.head_dim);
+}
+
+template <typename T>
+void forward_plain(const Heads<T>& out, Wide<T>* lse, const Heads<const T>& q, const Heads<const T>& k,
+                   const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
+  allow_shared(forward_queries<T>, "attention::forward_queries", plain_bytes<T>(p));
+  forward_queries<T><<<plain_grid<T>(p, p.max_len_q), kStep * kWarp, plain_bytes<T>(p), stream>>>(out, lse, q, k, v, p);
   LIGHTSEQ_CHECK_LAUNCH("attention::forward_queries");
 }
 
 template <typename T>
-void backward_row_by_row(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, Wide<T>* delta,
-                         const Heads<const T>& dout, const Heads<const T>& out, const Wide<T>* lse,
-                         const Heads<const T>& q, const Heads<const T>& k, const Heads<const T>& v, const Problem& p,
-                         cudaStream_t stream) {
-  backward_queries<T><<<row_grid(p, p.max_len_q), kRowWarps * kWarp, 0, stream>>>(dq, delta, dout, out, lse, q, k, v, p);
+void backward_plain(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, Wide<T>* delta,
+                    const Heads<const T>& dout, const Heads<const T>& out, const Wide<T>* lse, const Heads<const T>& q,
+                    const Heads<const T>& k, const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
+  allow_shared(backward_queries<T>, "attention::backward_queries", plain_bytes<T>(p));
+  backward_queries<T><<<plain_grid<T>(p, p.max_len_q), kStep * kWarp, plain_bytes<T>(p), stream>>>(
+      dq, delta, dout, out, lse, q, k, v, p);
   LIGHTSEQ_CHECK_LAUNCH("attention::backward_queries");
-  backward_keys<T><<<row_grid(p, p.max_len_k), kRowWarps * kWarp, 0, stream>>>(dk, dv, delta, dout, lse, q, k, v, p);
+  allow_shared(backward_keys<T>, "attention::backward_keys", plain_bytes<T>(p));
+  backward_keys<T><<<plain_grid<T>(p, p.max_len_k), kStep * kWarp, plain_bytes<T>(p), stream>>>(
+      dk, dv, delta, dout, lse, q, k, v, p);
   LIGHTSEQ_CHECK_LAUNCH("attention::backward_keys");
 }
 

@@ -1,7 +1,7 @@
 // Attention of 16-bit types on tensor cores, backward.
 //
-// With p = exp(s - lse) recomputed, m the dropout mask (0 or 1 / (1 - rate)) and delta = sum(dout * out) of each row:
-//   dv = (m p)^T dout,   ds = p (m dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q
+// With p = exp(s - lse) recomputed, m the dropout mask (0 or 1), r = 1 / (1 - rate), delta = sum(dout * out) of each row:
+//   dv = r (m p)^T dout,   ds = p (r m dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q
 //
 // Sentences that fit: one block computes all three gradients of a (sentence, head), everything in shared memory: q, k, v,
 // dout and, in 16 bits, m p and ds. Three steps with a barrier between: copy; squares of scores; strips of the three
@@ -22,17 +22,16 @@ template <typename T>
 struct ScoreTiles {
   T *q, *dout;         // (queries, D)
   T *k, *v;            // (keys, D)
-  T *mp, *ds;          // (queries, keys), rows score_stride apart
+  T *kept, *ds;        // m p and ds (queries, keys), rows score_stride apart
   float *lse, *delta;  // (queries,); lse in powers of 2
   int score_stride;
 };
 
 // m p and ds of the square of 16 MQ queries from query0 on and 16 MK keys from key0 on, counted in the tiles, which start at
-// first_query and first_key of the sentence.
-template <typename T, int D, int MQ, int MK>
+// first_query and first_key of the sentence. draw(m, n) has the random numbers of its 16 x 16 block (m, n).
+template <typename T, int D, int MQ, int MK, typename F>
 __device__ __forceinline__ void score_square(const ScoreTiles<T>& tile, int query0, int key0, int first_query,
-                                             int first_key, const Span& span, const ProbabilityMask& mask,
-                                             const Problem& p) {
+                                             int first_key, const Span& span, const Problem& p, F&& draw) {
   constexpr int kStride = padded(D);
   float s[MQ][2 * MK][4] = {}, dp[MQ][2 * MK][4] = {};
   const auto multiply = [&](float(&c)[MQ][2 * MK][4], const T* left, const T* right, int d) {
@@ -55,31 +54,36 @@ __device__ __forceinline__ void score_square(const ScoreTiles<T>& tile, int quer
 
   const int lane = threadIdx.x % kWarp;
   const float scale = static_cast<float>(p.scale) * kLog2e;
+  const bool whole = first_key + key0 + 16 * MK <= span.visible(first_query + query0);  // seen by all of these queries
 #pragma unroll
   for (int m = 0; m < MQ; ++m) {
-    uint32_t kept[MK];
+    Draw draws[MK];
 #pragma unroll
-    for (int n = 0; n < MK; ++n) {
-      kept[n] = mask.kept((first_query + query0) / 16 + m, (first_key + key0) / 16 + n);
-    }
+    for (int n = 0; n < MK; ++n) draws[n] = draw(m, n);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = query0 + 16 * m + 8 * half + lane / 4;
-      const int seen = span.visible(first_query + query) - first_key;
       const float lse = tile.lse[query], delta = tile.delta[query];
+      if (!whole) {
+        const int seen = span.visible(first_query + query) - first_key - key0 - lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < 2 * MK; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) s[m][n][2 * half + c] = 8 * n + c < seen ? s[m][n][2 * half + c] : -INFINITY;
+        }
+      }
 #pragma unroll
       for (int n = 0; n < 2 * MK; ++n) {
-        const int key = key0 + 8 * n + lane % 4 * 2;
-        float mp[2], ds[2];
+        float kept[2], ds[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const bool keep = kept[n / 2] >> (4 * (n % 2) + 2 * half + c) & 1;
-          const float e = key + c < seen ? exp2_fast(s[m][n][2 * half + c] * scale - lse) : 0.f;
-          mp[c] = keep ? e * p.dropout.scale : 0.f;
-          ds[c] = e * ((keep ? dp[m][n][2 * half + c] * p.dropout.scale : 0.f) - delta);
+          const bool keep = draws[n / 2].keeps(4 * (n % 2) + 2 * half + c);
+          const float e = exp2_fast(fmaf(s[m][n][2 * half + c], scale, -lse));
+          kept[c] = keep ? e : 0.f;
+          ds[c] = e * (keep ? fmaf(dp[m][n][2 * half + c], p.dropout.scale, -delta) : -delta);
         }
-        const int at = query * tile.score_stride + key;
-        *reinterpret_cast<uint32_t*>(tile.mp + at) = pack<T>(mp[0], mp[1]);
+        const int at = query * tile.score_stride + key0 + 8 * n + lane % 4 * 2;
+        *reinterpret_cast<uint32_t*>(tile.kept + at) = pack<T>(kept[0], kept[1]);
         *reinterpret_cast<uint32_t*>(tile.ds + at) = pack<T>(ds[0], ds[1]);
       }
     }
@@ -109,13 +113,20 @@ __device__ __forceinline__ void multiply_strip(float (&c)[M][4][4], const T* lef
 
 // Writes 16 M rows from `row` on of the sentence's rows first, first + 1, ...; none past `len`.
 template <typename T, int M>
-__device__ __forceinline__ void store_strip(const Heads<T>& x, long first, int row, int len, int head, int column,
+__device__ __forceinline__ void store_strip(const Heads<T>& x, int first, int row, int len, int head, int column,
                                             int head_dim, const float (&c)[M][4][4], float factor) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     const int start = row + 16 * m;
     store_rows(x, first + start, head, len - start, column, head_dim, c[m], factor, factor);
   }
+}
+
+// 16 bytes in one access
+template <typename T>
+__device__ __forceinline__ Packed<T, 8> load_unit(const T* from) {
+  const uint4 words = *reinterpret_cast<const uint4*>(from);
+  return reinterpret_cast<const Packed<T, 8>&>(words);
 }
 
 // delta = sum(dout * out) of rows [first, first + rows) of a sentence, into shared memory and, unless null, to where
@@ -130,11 +141,10 @@ __device__ __forceinline__ void sum_rows(float* delta, float* global, int first,
     const bool inside = first + row < span.q_len;
     float sum = 0.f;
     if (inside && column < head_dim) {
-      float a[8], b[8];
-      load<8>(dout.row(span.q_begin + first + row, head) + column, a);
-      load<8>(out.row(span.q_begin + first + row, head) + column, b);
+      const auto a = load_unit(dout.row(span.q_begin + first + row, head) + column);
+      const auto b = load_unit(out.row(span.q_begin + first + row, head) + column);
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum += a[c] * b[c];
+      for (int c = 0; c < 8; ++c) sum += to_float(a.lane[c]) * to_float(b.lane[c]);
     }
 #pragma unroll
     for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
@@ -149,46 +159,52 @@ __device__ __forceinline__ float in_powers_of_2(const float* lse, int row, int l
   return row < len ? lse[row] * kLog2e : INFINITY;
 }
 
+constexpr int sentence_warps(int m) { return m == 1 ? 4 : 8; }
+
 constexpr int rounded(int rows, int to) { return (rows + to - 1) / to * to; }
 
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels. dq, dout, out, q (Nq, H, head_dim), dk, dv, k, v (Nk, H, head_dim), lse, delta (H, Nq).
 
-// Shared memory of backward_sentences for the longest sentence.
-template <typename T, int D, int M>
-constexpr int sentence_bytes(int max_len_q, int max_len_k) {
-  const int rows = rounded(max_len_q, 16 * M), columns = rounded(max_len_k, 16 * M);
-  return (2 * (rows + columns) * padded(D) + 2 * rows * padded(columns)) * sizeof(T) + 2 * rows * sizeof(float);
-}
+// Shared memory of backward_sentences has room for so many queries and keys: CAPACITY, or whole squares for the longest
+// sentence if that is 0.
+template <typename T, int D, int M, int CAPACITY>
+struct Room {
+  int queries, keys;
 
-// Grid: (B + 1) H. Squares are 16 M x 16 M, strips 16 M x 32.
-template <typename T, int D, int M>
-__global__ void __launch_bounds__(kMaxWarps* kWarp)
-    backward_sentences(Heads<T> dq, Heads<T> dk, Heads<T> dv, Heads<const T> dout, Heads<const T> out,
-                       const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
-  extern __shared__ uint4 shared[];
-  constexpr int kRows = 16 * M;
-  const int head = blockIdx.x % p.heads, sentence = blockIdx.x / p.heads;
-  const Span span(p, sentence);
-  if (!span.real) {
-    clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
-    clear_rows(dk, span.k_begin, span.k_len, head, p.head_dim);
-    clear_rows(dv, span.k_begin, span.k_len, head, p.head_dim);
-    return;
+  __host__ __device__ __forceinline__ Room(const Problem& p)
+      : queries(CAPACITY ? CAPACITY : rounded(p.max_len_q, 16 * M)),
+        keys(CAPACITY ? CAPACITY : rounded(p.max_len_k, 16 * M)) {}
+
+  int bytes() const {
+    return (2 * (queries + keys) * padded(D) + 2 * queries * padded(keys)) * sizeof(T) + 2 * queries * sizeof(float);
   }
 
-  ScoreTiles<T> tile;
-  const int most_rows = rounded(p.max_len_q, kRows), most_columns = rounded(p.max_len_k, kRows);
-  tile.score_stride = padded(most_columns);
-  tile.q = reinterpret_cast<T*>(shared);
-  tile.dout = tile.q + most_rows * padded(D);
-  tile.k = tile.dout + most_rows * padded(D);
-  tile.v = tile.k + most_columns * padded(D);
-  tile.mp = tile.v + most_columns * padded(D);
-  tile.ds = tile.mp + most_rows * tile.score_stride;
-  tile.lse = reinterpret_cast<float*>(tile.ds + most_rows * tile.score_stride);
-  tile.delta = tile.lse + most_rows;
+  __device__ __forceinline__ ScoreTiles<T> tiles(void* shared) const {
+    ScoreTiles<T> tile;
+    tile.score_stride = padded(keys);
+    tile.q = static_cast<T*>(shared);
+    tile.dout = tile.q + queries * padded(D);
+    tile.k = tile.dout + queries * padded(D);
+    tile.v = tile.k + keys * padded(D);
+    tile.kept = tile.v + keys * padded(D);
+    tile.ds = tile.kept + queries * tile.score_stride;
+    tile.lse = reinterpret_cast<float*>(tile.ds + queries * tile.score_stride);
+    tile.delta = tile.lse + queries;
+    return tile;
+  }
+};
 
+// What backward_sentences does with one sentence, in squares of 16 M x 16 M and strips of 16 M x 32.
+template <typename T, int D, int M, int CAPACITY>
+__device__ __forceinline__ void differentiate_sentence(void* shared, const Heads<T>& dq, const Heads<T>& dk,
+                                                       const Heads<T>& dv, const Heads<const T>& dout,
+                                                       const Heads<const T>& out, const float* lse,
+                                                       const Heads<const T>& q, const Heads<const T>& k,
+                                                       const Heads<const T>& v, const Problem& p, const Span& span,
+                                                       const ProbabilityMask& mask, int head) {
+  constexpr int kRows = 16 * M;
+  const ScoreTiles<T> tile = Room<T, D, M, CAPACITY>(p).tiles(shared);
   const int rows = rounded(span.q_len, kRows), columns = rounded(span.k_len, kRows);
   copy_rows<D>(tile.q, q.row(span.q_begin, head), q.token_stride, rows, span.q_len, p.head_dim);
   copy_rows<D>(tile.k, k.row(span.k_begin, head), k.token_stride, columns, span.k_len, p.head_dim);
@@ -197,83 +213,115 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   commit_copies();
   sum_rows<D>(tile.delta, nullptr, 0, rows, span, dout, out, head, p.head_dim);
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-    tile.lse[i] = in_powers_of_2(lse + head * p.tokens_q + span.q_begin, i, span.q_len);
+    tile.lse[i] = in_powers_of_2(lse + span.sums_begin(p, head), i, span.q_len);
   }
-  const ProbabilityMask mask(p.dropout, sentence, head);
+
+  // Squares, but those that no query of theirs sees. A warp draws the random numbers of its next square ahead: those
+  // of the first while the rows are on their way.
+  const int warp = warp_number(), warps = blockDim.x / kWarp;
+  Draw draws[M][M];
+  int row = 0, column = warp * kRows;
+  const auto draw_ahead = [&] {
+    for (; column >= columns && row < rows; column -= columns) row += kRows;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < M; ++n) draws[m][n] = mask.draw_block(row / 16 + m, column / 16 + n);
+    }
+  };
+  draw_ahead();
   await_copies<0>();
   __syncthreads();
-
-  // Squares that no query of theirs sees are left out, here and in the products below.
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const auto hidden = [&](int query, int key) {
-    return span.visible(query / kRows * kRows + kRows - 1) <= key / kRows * kRows;
-  };
-  const int squares = columns / kRows;
-  for (int i = warp; i < rows / kRows * squares; i += warps) {
-    const int query = i / squares * kRows, key = i % squares * kRows;
-    if (!hidden(query, key)) score_square<T, D, M, M>(tile, query, key, 0, 0, span, mask, p);
+  while (row < rows) {
+    if (column < span.visible(row + kRows - 1)) {
+      score_square<T, D, M, M>(tile, row, column, 0, 0, span, p, [&](int m, int n) { return draws[m][n]; });
+    }
+    column += warps * kRows;
+    draw_ahead();
   }
   __syncthreads();
 
-  // Strips of dq, then of dk, then of dv
+  // Strips of dq, then of dk, then of dv, summed over those squares
   constexpr int kStrips = D / 32;
-  const float scale = static_cast<float>(p.scale);
   for (int i = warp; i < (rows + 2 * columns) / kRows * kStrips; i += warps) {
-    const int column = i % kStrips * 32;
-    int row = i / kStrips * kRows;
+    const int strip = i / kStrips * kRows, column = i % kStrips * 32;
+    const bool queries = strip < rows, values = strip >= rows + columns;
+    const int row = strip - (queries ? 0 : values ? rows + columns : rows);
     float c[M][4][4] = {};
-    if (row < rows) {
-      for (int key = 0; key < columns && !hidden(row, key); key += 16) {
+    if (queries) {
+      const int end = min(columns, rounded(span.visible(row + kRows - 1), kRows));
+#pragma unroll 2
+      for (int key = 0; key < end; key += 16) {
         multiply_strip<T, D, M, false>(c, tile.ds + row * tile.score_stride + key, tile.score_stride,
                                        tile.k + key * padded(D) + column);
       }
-      store_strip(dq, span.q_begin, row, span.q_len, head, column, p.head_dim, c, scale);
-      continue;
+    } else {
+      const T* const left = (values ? tile.kept : tile.ds) + row;
+      const T* const right = (values ? tile.dout : tile.q) + column;
+      const int begin = span.causal ? max(0, row - (span.k_len - span.q_len)) / kRows * kRows : 0;
+#pragma unroll 2
+      for (int query = begin; query < rows; query += 16) {
+        multiply_strip<T, D, M, true>(c, left + query * tile.score_stride, tile.score_stride,
+                                      right + query * padded(D));
+      }
     }
-    row -= rows;
-    const bool values = row >= columns;
-    if (values) row -= columns;
-    const T* const left = (values ? tile.mp : tile.ds) + row;
-    const T* const right = (values ? tile.dout : tile.q) + column;
-    for (int query = 0; query < rows; query += 16) {
-      if (hidden(query, row)) continue;
-      multiply_strip<T, D, M, true>(c, left + query * tile.score_stride, tile.score_stride, right + query * padded(D));
-    }
-    const Heads<T> gradient = {values ? dv.data : dk.data, values ? dv.token_stride : dk.token_stride,
-                               values ? dv.head_stride : dk.head_stride};
-    store_strip(gradient, span.k_begin, row, span.k_len, head, column, p.head_dim, c, values ? 1.f : scale);
+    const Heads<T> gradient = {queries ? dq.data : values ? dv.data : dk.data,
+                               queries ? dq.token_stride : values ? dv.token_stride : dk.token_stride,
+                               queries ? dq.head_stride : values ? dv.head_stride : dk.head_stride};
+    store_strip(gradient, queries ? span.q_begin : span.k_begin, row, queries ? span.q_len : span.k_len, head, column,
+                p.head_dim, c, values ? p.dropout.scale : static_cast<float>(p.scale));
+  }
+}
+
+// Grid: (B + 1, H). M = 1 for batches of sentences up to 32; with M = 2 such sentences still take small squares.
+template <typename T, int D, int M, int CAPACITY>
+__global__ void __launch_bounds__(sentence_warps(M) * kWarp, M == 1 ? 6 : 2)
+    backward_sentences(Heads<T> dq, Heads<T> dk, Heads<T> dv, Heads<const T> dout, Heads<const T> out,
+                       const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
+  extern __shared__ uint4 shared[];
+  const int sentence = blockIdx.x, head = blockIdx.y;
+  const ProbabilityMask mask(p.dropout, sentence, head);
+  const Span span(p, sentence);
+  if (!span.real) {
+    clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
+    clear_rows(dk, span.k_begin, span.k_len, head, p.head_dim);
+    clear_rows(dv, span.k_begin, span.k_len, head, p.head_dim);
+  } else if (M == 1 || (span.q_len <= 32 && span.k_len <= 32)) {
+    differentiate_sentence<T, D, 1, 32>(shared, dq, dk, dv, dout, out, lse, q, k, v, p, span, mask, head);
+  } else if constexpr (M > 1) {
+    differentiate_sentence<T, D, M, CAPACITY>(shared, dq, dk, dv, dout, out, lse, q, k, v, p, span, mask, head);
   }
 }
 
 constexpr int kTile = 64;
 
-// Shared memory of backward_tiles: a tile that stays and two that pass, of two operands each; mp, ds, lse, delta.
+// Shared memory of backward_tiles: a tile that stays and two that pass, of two operands each; m p, ds, lse, delta.
 template <typename T, int D>
 constexpr int tile_bytes() {
   return (6 * kTile * padded(D) + 2 * kTile * padded(kTile)) * sizeof(T) + 2 * kTile * sizeof(float);
 }
 
-// Grid: ((B + 1) H, tiles of 64 keys if KEYS_STAY, else of queries). With KEYS_STAY dk and dv, else dq and delta, which the
+// Grid: (B + 1, H, tiles of 64 keys if KEYS_STAY, else of queries). With KEYS_STAY dk and dv, else dq and delta, which the
 // former reads. Squares are 32 x 32, or 32 x 16 for 8 warps; strips 32 x 32, their sums kept in registers over all tiles.
 template <typename T, int D, bool KEYS_STAY, int WARPS>
-__global__ void __launch_bounds__(WARPS* kWarp)
+__global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
     backward_tiles(Heads<T> dq, Heads<T> dk, Heads<T> dv, float* delta, Heads<const T> dout, Heads<const T> out,
                    const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   extern __shared__ uint4 shared[];
   constexpr int kStride = padded(D), kScoreStride = padded(kTile), kSize = kTile * kStride;
-  const int head = blockIdx.x % p.heads, sentence = blockIdx.x / p.heads;
+  const int sentence = blockIdx.x, head = blockIdx.y;
   const Span span(p, sentence);
   if (!span.real) {
-    if (blockIdx.y > 0) return;
+    if (blockIdx.z > 0) return;
     if (!KEYS_STAY) clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
     if (KEYS_STAY) clear_rows(dk, span.k_begin, span.k_len, head, p.head_dim);
     if (KEYS_STAY) clear_rows(dv, span.k_begin, span.k_len, head, p.head_dim);
     return;
   }
-  const int first = blockIdx.y * kTile;
+  const int first = blockIdx.z * kTile;
   if (first >= (KEYS_STAY ? span.k_len : span.q_len)) return;
-  lse += head * p.tokens_q + span.q_begin;
-  delta += head * p.tokens_q + span.q_begin;
+  lse += span.sums_begin(p, head);
+  delta += span.sums_begin(p, head);
 
   // The other side's tiles that see this one, or that it sees: [begin, end)
   const int hidden_queries = span.causal ? max(0, first - (span.k_len - span.q_len)) : 0;
@@ -284,8 +332,8 @@ __global__ void __launch_bounds__(WARPS* kWarp)
   T* const staying = reinterpret_cast<T*>(shared);
   T* const passing = staying + 2 * kSize;
   ScoreTiles<T> tile;
-  tile.mp = passing + 4 * kSize;
-  tile.ds = tile.mp + kTile * kScoreStride;
+  tile.kept = passing + 4 * kSize;
+  tile.ds = tile.kept + kTile * kScoreStride;
   tile.lse = reinterpret_cast<float*>(tile.ds + kTile * kScoreStride);
   tile.delta = tile.lse + kTile;
   tile.score_stride = kScoreStride;
@@ -321,7 +369,7 @@ __global__ void __launch_bounds__(WARPS* kWarp)
 
   const ProbabilityMask mask(p.dropout, sentence, head);
   constexpr int kColumns = D / 32, kStrips = (KEYS_STAY ? 4 : 2) * kColumns, kOwn = (kStrips + WARPS - 1) / WARPS;
-  const int warp = threadIdx.x / kWarp;
+  const int warp = warp_number();
   float c[kOwn][2][4][4] = {};
   for (int base = begin; base < end; base += kTile) {
     copy_passing(base + kTile);
@@ -338,8 +386,12 @@ __global__ void __launch_bounds__(WARPS* kWarp)
     __syncthreads();
 
     constexpr int kSquareKeys = WARPS == 8 ? 1 : 2, kSquares = kTile / (16 * kSquareKeys);
-    score_square<T, D, 2, kSquareKeys>(tile, warp / kSquares * 32, warp % kSquares * 16 * kSquareKeys,
-                                       KEYS_STAY ? base : first, KEYS_STAY ? first : base, span, mask, p);
+    const int query = warp / kSquares * 32, key = warp % kSquares * 16 * kSquareKeys;
+    const auto draw = [&](int m, int n) {
+      return mask.draw_block(((KEYS_STAY ? base : first) + query) / 16 + m, ((KEYS_STAY ? first : base) + key) / 16 + n);
+    };
+    score_square<T, D, 2, kSquareKeys>(tile, query, key,
+                                       KEYS_STAY ? base : first, KEYS_STAY ? first : base, span, p, draw);
     __syncthreads();
 
 #pragma unroll
@@ -350,7 +402,7 @@ __global__ void __launch_bounds__(WARPS* kWarp)
 #pragma unroll
       for (int i = 0; i < kTile; i += 16) {
         if constexpr (KEYS_STAY) {
-          multiply_strip<T, D, 2, true>(c[own], (values ? tile.mp : tile.ds) + i * kScoreStride + row, kScoreStride,
+          multiply_strip<T, D, 2, true>(c[own], (values ? tile.kept : tile.ds) + i * kScoreStride + row, kScoreStride,
                                         (values ? tile.dout : tile.q) + i * kStride + column);
         } else {
           multiply_strip<T, D, 2, false>(c[own], tile.ds + row * kScoreStride + i, kScoreStride,
@@ -371,7 +423,7 @@ __global__ void __launch_bounds__(WARPS* kWarp)
     } else if (strip / kColumns < 2) {
       store_strip(dk, span.k_begin, row, span.k_len, head, column, p.head_dim, c[own], scale);
     } else {
-      store_strip(dv, span.k_begin, row, span.k_len, head, column, p.head_dim, c[own], 1.f);
+      store_strip(dv, span.k_begin, row, span.k_len, head, column, p.head_dim, c[own], p.dropout.scale);
     }
   }
 }
@@ -379,28 +431,33 @@ __global__ void __launch_bounds__(WARPS* kWarp)
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 
-template <typename T, int D, int M>
-void launch_sentences(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, const Heads<const T>& dout,
+// False, with nothing done, where a block's shared memory does not hold the longest sentence.
+template <typename T, int D, int M, int CAPACITY>
+bool launch_sentences(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, const Heads<const T>& dout,
                       const Heads<const T>& out, const float* lse, const Heads<const T>& q, const Heads<const T>& k,
-                      const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  const int bytes = sentence_bytes<T, D, M>(p.max_len_q, p.max_len_k);
-  const int warps = ceil_div(p.max_len_q, 16 * M) * ceil_div(p.max_len_k, 16 * M) > 4 ? kMaxWarps : 4;
-  allow_shared(backward_sentences<T, D, M>, "attention::backward_sentences", bytes);
-  backward_sentences<T, D, M><<<(p.sentences + 1) * p.heads, warps * kWarp, bytes, stream>>>(dq, dk, dv, dout, out, lse,
-                                                                                            q, k, v, p);
+                      const Heads<const T>& v, const Problem& p, int shared_limit, cudaStream_t stream) {
+  const int bytes = Room<T, D, M, CAPACITY>(p).bytes();
+  if (bytes > shared_limit) return false;
+  const int warps = CAPACITY ? 4 : sentence_warps(M);
+  allow_shared(backward_sentences<T, D, M, CAPACITY>, "attention::backward_sentences", bytes);
+  backward_sentences<T, D, M, CAPACITY><<<dim3(p.sentences + 1, p.heads), warps * kWarp, bytes, stream>>>(
+      dq, dk, dv, dout, out, lse, q, k, v, p);
   LIGHTSEQ_CHECK_LAUNCH("attention::backward_sentences");
+  return true;
 }
 
 template <typename T, int D, bool KEYS_STAY>
-void launch_tiles(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, float* delta, const Heads<const T>& dout,
+bool launch_tiles(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, float* delta, const Heads<const T>& dout,
                   const Heads<const T>& out, const float* lse, const Heads<const T>& q, const Heads<const T>& k,
-                  const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
+                  const Heads<const T>& v, const Problem& p, int shared_limit, cudaStream_t stream) {
+  if (tile_bytes<T, D>() > shared_limit) return false;
   constexpr int kWarps = D > 64 ? 8 : 4;
-  const dim3 grid((p.sentences + 1) * p.heads, max(1, ceil_div(KEYS_STAY ? p.max_len_k : p.max_len_q, kTile)));
+  const dim3 grid(p.sentences + 1, p.heads, max(1, ceil_div(KEYS_STAY ? p.max_len_k : p.max_len_q, kTile)));
   allow_shared(backward_tiles<T, D, KEYS_STAY, kWarps>, "attention::backward_tiles", tile_bytes<T, D>());
   backward_tiles<T, D, KEYS_STAY, kWarps><<<grid, kWarps * kWarp, tile_bytes<T, D>(), stream>>>(dq, dk, dv, delta, dout,
                                                                                                out, lse, q, k, v, p);
   LIGHTSEQ_CHECK_LAUNCH("attention::backward_tiles");
+  return true;
 }
 
 // As forward_on_tensor_cores. delta is written only for long sentences. False, with nothing done, where the device's shared
@@ -410,18 +467,22 @@ bool backward_on_tensor_cores(const Heads<T>& dq, const Heads<T>& dk, const Head
                               const Heads<const T>& dout, const Heads<const T>& out, const float* lse,
                               const Heads<const T>& q, const Heads<const T>& k, const Heads<const T>& v,
                               const Problem& p, int shared_limit, cudaStream_t stream) {
-  bool done = true;
+  bool done = false;
   with_width(p.head_dim, [&](auto width) {
-    if (p.max_len_q <= 32 && p.max_len_k <= 32) {
-      launch_sentences<T, width, 1>(dq, dk, dv, dout, out, lse, q, k, v, p, stream);
-    } else if (sentence_bytes<T, width, 2>(p.max_len_q, p.max_len_k) <= shared_limit) {
-      launch_sentences<T, width, 2>(dq, dk, dv, dout, out, lse, q, k, v, p, stream);
-    } else if (tile_bytes<T, width>() <= shared_limit) {
-      launch_tiles<T, width, false>(dq, dk, dv, delta, dout, out, lse, q, k, v, p, stream);
-      launch_tiles<T, width, true>(dq, dk, dv, delta, dout, out, lse, q, k, v, p, stream);
-    } else {
-      done = false;
-    }
+    const auto sentences = [&](auto m, auto capacity) {
+      return launch_sentences<T, width(), m(), capacity()>(dq, dk, dv, dout, out, lse, q, k, v, p, shared_limit, stream);
+    };
+    const auto tiles = [&](auto keys_stay) {
+      return launch_tiles<T, width(), keys_stay()>(dq, dk, dv, delta, dout, out, lse, q, k, v, p, shared_limit, stream);
+    };
+    constexpr std::integral_constant<int, 0> any;
+    constexpr std::integral_constant<int, 1> small;
+    constexpr std::integral_constant<int, 2> large;
+    const int most = max(p.max_len_q, p.max_len_k);
+    done = most <= 32   ? sentences(small, std::integral_constant<int, 32>{})
+           : most <= 64 ? sentences(large, std::integral_constant<int, 64>{})
+                        : sentences(large, any);
+    if (!done) done = tiles(std::false_type{}) && tiles(std::true_type{});
   });
   return done;
 }

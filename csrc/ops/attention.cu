@@ -19,10 +19,11 @@ template <typename T>
 Heads<T> heads(const Parts& parts, int which) {
   const int part = min(which, static_cast<int>(parts.size()) - 1), slice = which - part;
   const Tensor& x = parts[part];
-  LIGHTSEQ_EXPECT(x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1);
-  T* const first = reinterpret_cast<T*>(x.data_ptr());
-  if (x.dim() == 3) return {first, x.stride(0), x.stride(1)};
-  return {first + slice * x.stride(1), x.stride(0), x.stride(2)};
+  LIGHTSEQ_EXPECT(x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1 || x.numel() == 0);
+  T* const first = reinterpret_cast<T*>(x.data_ptr()) + (x.dim() == 4 ? slice * x.stride(1) : 0);
+  const int64_t token_stride = x.stride(0), head_stride = x.stride(x.dim() - 2);
+  LIGHTSEQ_EXPECT(token_stride <= INT32_MAX && head_stride <= INT32_MAX && x.size(0) <= INT32_MAX);
+  return {first, static_cast<int>(token_stride), static_cast<int>(head_stride)};
 }
 
 template <typename T>
@@ -30,10 +31,10 @@ Heads<T> heads(const Tensor& x) {
   return heads<T>(Parts{x}, 0);
 }
 
-// What the tensor cores take: 16-bit types, rows that start at multiples of 16 bytes and end there.
+// What the tensor cores take: 16-bit types, rows that start at multiples of 16 bytes and end there, a positive scale.
 template <typename T>
 bool in_vectors(const Problem& p, std::initializer_list<Heads<const T>> all) {
-  bool fits = sizeof(T) == 2 && p.head_dim % 8 == 0;
+  bool fits = sizeof(T) == 2 && p.head_dim % 8 == 0 && p.scale > 0;
   for (const auto& x : all) {
     fits = fits && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.token_stride % 8 == 0 && x.head_stride % 8 == 0;
   }
@@ -101,7 +102,7 @@ std::tuple<Tensor, Tensor> forward(Parts parts, Tensor cu_seqlens_q, Tensor cu_s
                                                      stream);
       }
     }
-    attention::forward_row_by_row<T>(heads<T>(out), data<Wide<T>>(lse), q, k, v, p, stream);
+    attention::forward_plain<T>(heads<T>(out), data<Wide<T>>(lse), q, k, v, p, stream);
   });
   return {out, lse};
 }
@@ -129,7 +130,7 @@ Parts backward(Tensor dout, Parts parts, Tensor out, Tensor lse, Tensor cu_seqle
         return;
       }
     }
-    attention::backward_row_by_row<T>(dq, dk, dv, data<Wide<T>>(delta), dout_rows, out_rows, data<Wide<T>>(lse), q, k, v,
+    attention::backward_plain<T>(dq, dk, dv, data<Wide<T>>(delta), dout_rows, out_rows, data<Wide<T>>(lse), q, k, v,
                                       p, stream);
   });
   return grads;
