@@ -78,8 +78,9 @@ def joined_data_bin(toy_text, tmp_path_factory) -> Path:
 
 def training_args(data: Path, *flags: str) -> argparse.Namespace:
     """Parsed fairseq-train arguments on the CPU; ``flags`` must name an --arch."""
-    import lightseq_fairseq.plugin  # noqa: F401  registers ls_* before the choices are built
     from fairseq import options
+
+    import lightseq_fairseq.plugin  # noqa: F401  registers ls_* before the choices are built
 
     return options.parse_args_and_arch(
         options.get_training_parser(),
