@@ -80,14 +80,16 @@ class Generator:
                 progress(len(batch))
         return results
 
-    def translate(self, lines: Sequence[str], options: GenerationOptions | None = None,
-                  remove_bpe: str | None = None, **batching: int) -> list[str]:
+    def translate(self, lines: Sequence[str], options: GenerationOptions | None = None, remove_bpe: str | None = None,
+                  max_tokens: int = 4096, max_sentences: int = 128,
+                  progress: Callable[[int], object] | None = None) -> list[str]:
         """The best translation of each line of space-separated tokens, as the model's vocabulary has them.
 
-        ``remove_bpe`` joins subwords again: "@@ " for subword-nmt, "sentencepiece" for its underscores. ``batching``
-        goes to :meth:`infer`. GenerationError if the model file holds no vocabularies.
+        ``remove_bpe`` joins subwords again: "@@ " for subword-nmt, "sentencepiece" for its underscores. Batches and
+        ``progress`` are those of :meth:`infer`. GenerationError if the model file holds no vocabularies.
         """
-        found = self.infer([self.encode_line(line) for line in lines], options, **batching)
+        ids = [self.encode_line(line) for line in lines]
+        found = self.infer(ids, options, None, max_tokens, max_sentences, progress)
         return [self.decode_ids(hypotheses[0].tokens, remove_bpe) for hypotheses in found]
 
     def encode_line(self, line: str) -> list[int]:
