@@ -20,18 +20,45 @@ inline bool in_octets(long columns, std::initializer_list<const void*> pointers)
   return fits;
 }
 
-// One parameter a column, in fp32 (as autocast leaves them) or in the type T of the activations.
+// VEC elements in accesses of 16 bytes, whatever the compiler makes of branches around them.
+template <int VEC, typename T>
+__device__ __forceinline__ Packed<T, VEC> request(const T* from) {
+  constexpr int kBytes = sizeof(T) * VEC;
+  Packed<T, VEC> packed;
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      reinterpret_cast<uint4*>(&packed)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+  } else {
+    packed = *reinterpret_cast<const Packed<T, VEC>*>(from);
+  }
+  return packed;
+}
+
+// One parameter a column, in fp32 (as autocast leaves them) or in the type T of the activations. The latter can be
+// requested long before its value is needed; `value` then takes what was requested.
 struct Parameter {
   const void* values;
   bool is_float;
 
   template <typename T, int VEC>
-  __device__ __forceinline__ void load(int column, float (&to)[VEC]) const {
-    if (is_float) {
-      lightseq::load<VEC>(static_cast<const float*>(values) + column, to);
-    } else {
-      lightseq::load<VEC>(static_cast<const T*>(values) + column, to);
+  __device__ __forceinline__ Packed<T, VEC> request(int column) const {
+    if (std::is_same_v<T, float> || !is_float) return lightseq::request<VEC>(static_cast<const T*>(values) + column);
+    return {};
+  }
+
+  template <typename T, int VEC>
+  __device__ __forceinline__ void value(const Packed<T, VEC>& requested, int column, float (&to)[VEC]) const {
+    requested.widen(to);
+    if (!std::is_same_v<T, float> && is_float) {
+      lightseq::request<VEC>(static_cast<const float*>(values) + column).widen(to);
     }
+  }
+
+  template <typename T, int VEC>
+  __device__ __forceinline__ void load(int column, float (&to)[VEC]) const {
+    value(request<T, VEC>(column), column, to);
   }
 };
 

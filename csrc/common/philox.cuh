@@ -7,6 +7,7 @@
 // eight are drawn at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace lightseq {
@@ -16,14 +17,15 @@ constexpr unsigned kDropoutLevels = 65536;
 // Kernel argument. `seed` is read on the device, so that a captured graph draws anew when the seed changes.
 struct Dropout {
   const long* seed;
-  unsigned threshold;  // 0: nothing is dropped and seed is not read
-  float scale;
+  unsigned bound;  // threshold in the upper half: 0 if nothing is dropped, and then seed is not read
+  float scale;     // 0 if everything is, as the threshold of 65536 has no place in 16 bits
 };
 
 inline Dropout make_dropout(double p, const long* seed) {
   const auto threshold = static_cast<unsigned>(p * kDropoutLevels + 0.5);
   const unsigned kept = kDropoutLevels - threshold;
-  return {seed, threshold, kept == 0 ? 0.f : static_cast<float>(static_cast<double>(kDropoutLevels) / kept)};
+  const double scale = kept == 0 ? 0. : static_cast<double>(kDropoutLevels) / kept;
+  return {seed, std::min(threshold, kDropoutLevels - 1) << 16, static_cast<float>(scale)};
 }
 
 // Both halves of the product in one instruction; from plain C++ the compiler adds a useless third.
@@ -55,32 +57,31 @@ __device__ __forceinline__ uint4 philox(uint64_t key, uint64_t counter) {
 class DropoutMask {
  public:
   __device__ __forceinline__ explicit DropoutMask(const Dropout& dropout)
-      : key_(dropout.threshold ? static_cast<uint64_t>(*dropout.seed) : 0),
-        threshold_(dropout.threshold),
-        scale_(dropout.scale) {}
+      : key_(dropout.bound ? static_cast<uint64_t>(*dropout.seed) : 0), bound_(dropout.bound), scale_(dropout.scale) {}
 
   // x holds the elements from flat index `element` on: eight, `element` a multiple of eight, or one.
   template <int VEC>
   __device__ __forceinline__ void apply(uint64_t element, float (&x)[VEC]) const {
     static_assert(VEC == 8 || VEC == 1);
-    if (threshold_ == 0) return;
+    if (bound_ == 0) return;
     const uint4 bits = philox(key_, element / 8);
     const uint32_t word[4] = {bits.x, bits.y, bits.z, bits.w};
     if constexpr (VEC == 8) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = keep(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xffff) ? x[i] * scale_ : 0.f;
+      for (int i = 0; i < 8; i += 2) {
+        x[i] = word[i / 2] << 16 >= bound_ ? x[i] * scale_ : 0.f;
+        x[i + 1] = word[i / 2] >= bound_ ? x[i + 1] * scale_ : 0.f;  // what the lower half adds cannot matter
+      }
     } else {
       const unsigned i = element % 8;
       const uint32_t pair = i < 4 ? (i < 2 ? word[0] : word[1]) : (i < 6 ? word[2] : word[3]);
-      x[0] = keep(i % 2 ? pair >> 16 : pair & 0xffff) ? x[0] * scale_ : 0.f;
+      x[0] = (i % 2 ? pair : pair << 16) >= bound_ ? x[0] * scale_ : 0.f;
     }
   }
 
  private:
-  __device__ __forceinline__ bool keep(uint32_t number) const { return number >= threshold_; }
-
   uint64_t key_;
-  unsigned threshold_;
+  unsigned bound_;
   float scale_;
 };
 

@@ -18,10 +18,11 @@ namespace attention {
 template <typename T>
 struct Heads {
   T* data;
-  int token_stride, head_stride;
+  unsigned token_stride, head_stride;
 
-  __device__ __forceinline__ T* row(int token, int head) const {
-    return data + static_cast<long>(token) * token_stride + static_cast<long>(head) * head_stride;
+  // In unsigned numbers, whose products of 64 bits are one instruction.
+  __device__ __forceinline__ T* row(unsigned token, unsigned head) const {
+    return data + static_cast<uint64_t>(token) * token_stride + static_cast<uint64_t>(head) * head_stride;
   }
 };
 
@@ -48,8 +49,8 @@ struct Span {
   }
 
   // Where the sentence begins in one head's row of an (H, Nq) tensor.
-  __device__ __forceinline__ long sums_begin(const Problem& p, int head) const {
-    return static_cast<long>(head) * p.tokens_q + q_begin;
+  __device__ __forceinline__ uint64_t sums_begin(const Problem& p, unsigned head) const {
+    return static_cast<uint64_t>(head) * static_cast<unsigned>(p.tokens_q) + static_cast<unsigned>(q_begin);
   }
 
   // How many keys, from the first on, a query sees.
@@ -117,12 +118,35 @@ __device__ void clear_rows(const Heads<T>& x, int first, int count, int head, in
   }
 }
 
-// More than 48 KiB of shared memory must be asked for.
-template <typename Kernel>
-void allow_shared(Kernel kernel, const char* name, int bytes) {
+// Before a kernel touches memory: the kernel before it may still run, see launch().
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Launches with `bytes` of dynamic shared memory, of which more than 48 KiB must be asked for, and on compute capability
+// 9.0 or later while the kernel before it in the stream ends (programmatic dependent launch).
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  int device = 0, major = 0;
+  check_launch(name, cudaGetDevice(&device));
+  check_launch(name, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   if (bytes > 48 * 1024) {
     check_launch(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  check_launch(name, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 }  // namespace attention

@@ -19,7 +19,7 @@ using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Rows a warp: 8 apart, so that pairs of them share random numbers.
 template <typename T>
-constexpr int kRows = std::is_same_v<T, double> ? 2 : 4;
+constexpr int kWarpRows = std::is_same_v<T, double> ? 2 : 4;
 
 template <typename A>
 __device__ __forceinline__ A sum_of_warp(A x) {
@@ -112,9 +112,10 @@ template <typename T>
 __global__ void __launch_bounds__(kStep* kWarp)
     forward_queries(Heads<T> out, Wide<T>* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  constexpr int ROWS = kRows<T>;
+  constexpr int ROWS = kWarpRows<T>;
   extern __shared__ uint4 shared[];
   const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
@@ -169,9 +170,10 @@ __global__ void __launch_bounds__(kStep* kWarp)
     backward_queries(Heads<T> dq, Wide<T>* delta, Heads<const T> dout, Heads<const T> out, const Wide<T>* lse,
                      Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  constexpr int ROWS = kRows<T>;
+  constexpr int ROWS = kWarpRows<T>;
   extern __shared__ uint4 shared[];
   const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
@@ -230,9 +232,10 @@ __global__ void __launch_bounds__(kStep* kWarp)
     backward_keys(Heads<T> dk, Heads<T> dv, const Wide<T>* delta, Heads<const T> dout, const Wide<T>* lse,
                   Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   using A = Wide<T>;
-  constexpr int ROWS = kRows<T>;
+  constexpr int ROWS = kWarpRows<T>;
   extern __shared__ uint4 shared[];
   const int sentence = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, own = threadIdx.x / kWarp;
+  wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
@@ -289,34 +292,29 @@ __global__ void __launch_bounds__(kStep* kWarp)
 
 template <typename T>
 dim3 plain_grid(const Problem& p, int max_len) {
-  return dim3(p.sentences + 1, p.heads, max(1, ceil_div(max_len, kRows<T> * kStep)));
+  return dim3(p.sentences + 1, p.heads, max(1, ceil_div(max_len, kWarpRows<T> * kStep)));
 }
 
 template <typename T>
 int plain_bytes(const Problem& p) {
-  return PlainTiles<Wide<T>>::bytes(kRows<T> * kStep, p.head_dim);
+  return PlainTiles<Wide<T>>::bytes(kWarpRows<T> * kStep, p.head_dim);
 }
 
 template <typename T>
 void forward_plain(const Heads<T>& out, Wide<T>* lse, const Heads<const T>& q, const Heads<const T>& k,
                    const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  allow_shared(forward_queries<T>, "attention::forward_queries", plain_bytes<T>(p));
-  forward_queries<T><<<plain_grid<T>(p, p.max_len_q), kStep * kWarp, plain_bytes<T>(p), stream>>>(out, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::forward_queries");
+  launch("attention::forward_queries", forward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
+         plain_bytes<T>(p), stream, out, lse, q, k, v, p);
 }
 
 template <typename T>
 void backward_plain(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, Wide<T>* delta,
                     const Heads<const T>& dout, const Heads<const T>& out, const Wide<T>* lse, const Heads<const T>& q,
                     const Heads<const T>& k, const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  allow_shared(backward_queries<T>, "attention::backward_queries", plain_bytes<T>(p));
-  backward_queries<T><<<plain_grid<T>(p, p.max_len_q), kStep * kWarp, plain_bytes<T>(p), stream>>>(
-      dq, delta, dout, out, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::backward_queries");
-  allow_shared(backward_keys<T>, "attention::backward_keys", plain_bytes<T>(p));
-  backward_keys<T><<<plain_grid<T>(p, p.max_len_k), kStep * kWarp, plain_bytes<T>(p), stream>>>(
-      dk, dv, delta, dout, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::backward_keys");
+  launch("attention::backward_queries", backward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
+         plain_bytes<T>(p), stream, dq, delta, dout, out, lse, q, k, v, p);
+  launch("attention::backward_keys", backward_keys<T>, plain_grid<T>(p, p.max_len_k), kStep * kWarp, plain_bytes<T>(p),
+         stream, dk, dv, delta, dout, lse, q, k, v, p);
 }
 
 }  // namespace attention

@@ -1,4 +1,4 @@
-// Attention of 16-bit types on tensor cores, forward. One block computes up to 128 queries of one (sentence, head), 16 a warp.
+// Attention of 16-bit types on tensor cores, forward. One block computes up to 64 queries of one (sentence, head), 16 a warp.
 //
 // Sentences of translation have 20 to 60 tokens: their keys fit one tile in shared memory, the softmax of a row is
 // taken at once in registers, and nothing is rescaled. Longer ones loop over tiles, the next one being copied
@@ -31,18 +31,26 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // The number of this thread's warp, in a form that the compiler knows to be the same in all its lanes.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0); }
 
-// Starts copying `rows` rows of one head, D wide, into a shared tile; zeros past `inside` rows and past head_dim columns.
-template <int D, typename T>
-__device__ __forceinline__ void copy_rows(T* tile, const T* from, int stride, int rows, int inside, int head_dim) {
+// Starts copying `rows` rows of one head of each of COUNT tensors, D wide, from `first` on, into shared tiles that lie
+// `apart` elements from each other; zeros past `inside` rows and past head_dim columns.
+template <int D, int COUNT, typename T>
+__device__ __forceinline__ void copy_rows(T* tile, int apart, const Heads<const T> (&x)[COUNT], int first, int head,
+                                          int rows, int inside, int head_dim) {
   constexpr int kUnits = D / 8;  // of 16 bytes
-  const int column = threadIdx.x % kUnits * 8, step = blockDim.x / kUnits;
+  const unsigned column = threadIdx.x % kUnits * 8, step = blockDim.x / kUnits;
   int row = threadIdx.x / kUnits;
   if (column >= head_dim) inside = 0;
-  from += static_cast<long>(row) * stride + column;
+  const T* from[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) from[i] = x[i].row(first + row, head) + column;
   tile += row * padded(D) + column;
 #pragma unroll 1
-  for (; row < rows; row += step, from += static_cast<long>(step) * stride, tile += step * padded(D)) {
-    copy_async(tile, from, row < inside);
+  for (; row < rows; row += step, tile += step * padded(D)) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      copy_async(tile + i * apart, from[i], row < inside);
+      from[i] += static_cast<uint64_t>(step) * x[i].token_stride;
+    }
   }
 }
 
@@ -61,25 +69,27 @@ __device__ __forceinline__ void store_rows(const Heads<T>& x, int row, int head,
 #pragma unroll
     for (int n = 0; n < 4; ++n) words[n] = pack<T>(c[n][2 * half] * factor, c[n][2 * half + 1] * factor);
     const uint4 columns = gather_columns(words);
-    if (g + 8 * half < rows) *reinterpret_cast<uint4*>(to + 8l * half * x.token_stride) = columns;
+    if (g + 8 * half < rows) *reinterpret_cast<uint4*>(to + (half ? 8ul * x.token_stride : 0)) = columns;
   }
 }
 
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels
 
-// Registers and threads of forward_tiles: short sentences want many blocks on a multiprocessor, long ones large blocks.
-constexpr int forward_warps(int width, bool many) { return many && width <= 64 ? 8 : 4; }
-constexpr int forward_blocks(int width, bool many) { return width <= 64 ? (many ? 2 : 6) : width <= 128 ? 3 : 2; }
+constexpr int kForwardWarps = 4;
+
+// Blocks of forward_tiles that registers must allow on a multiprocessor: 98 sentences with 8 heads want 6.
+constexpr int forward_blocks(int width, bool many) { return width <= 64 ? (many ? 4 : 6) : width <= 128 ? 3 : 2; }
 
 // Grid: (B + 1, H, query tiles of 16 rows a warp). out, q (Nq, H, head_dim), k, v (Nk, H, head_dim), lse (H, Nq).
 // Shared: k and v (KEYS, D), each once, or twice if MANY tiles of keys may have to be walked over; q (16 warps, D).
 template <typename T, int D, int KEYS, bool MANY>
-__global__ void __launch_bounds__(forward_warps(D, MANY) * kWarp, forward_blocks(D, MANY))
+__global__ void __launch_bounds__(kForwardWarps* kWarp, forward_blocks(D, MANY))
     forward_tiles(Heads<T> out, float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   extern __shared__ uint4 shared[];
   constexpr int kStride = padded(D), kPlaces = MANY ? 2 : 1;
   const int sentence = blockIdx.x, head = blockIdx.y, block_rows = blockDim.x / 2, first = blockIdx.z * block_rows;
+  wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
@@ -88,25 +98,21 @@ __global__ void __launch_bounds__(forward_warps(D, MANY) * kWarp, forward_blocks
   }
   if (first >= span.q_len) return;
 
-  // Shared memory, and the first tiles on their way into it: q with k; v, if there is but one tile, may come later
+  // Shared memory, and the first tiles on their way into it
   T* const k_tiles = reinterpret_cast<T*>(shared);
   T* const v_tiles = k_tiles + kPlaces * KEYS * kStride;
   T* const q_tile = v_tiles + kPlaces * KEYS * kStride;
   const int keys = span.visible(min(first + block_rows, span.q_len) - 1);
-  const T* const k_rows = k.row(span.k_begin, head);
-  const T* const v_rows = v.row(span.k_begin, head);
-  const auto copy_tile = [&](T* tiles, const T* rows, int stride, int base) {
+  const auto copy_keys = [&](int base) {
     const int inside = min(keys - base, KEYS);
     if (inside > 0) {
-      copy_rows<D>(tiles + base / KEYS % kPlaces * KEYS * kStride, rows + static_cast<long>(base) * stride, stride,
-                   (inside + 31) / 32 * 32, inside, p.head_dim);
+      copy_rows<D>(k_tiles + base / KEYS % kPlaces * KEYS * kStride, kPlaces * KEYS * kStride, {k, v},
+                   span.k_begin + base, head, (inside + 31) / 32 * 32, inside, p.head_dim);
     }
+    commit_copies();
   };
-  copy_rows<D>(q_tile, q.row(span.q_begin + first, head), q.token_stride, block_rows, span.q_len - first, p.head_dim);
-  copy_tile(k_tiles, k_rows, k.token_stride, 0);
-  if (!MANY) commit_copies();
-  copy_tile(v_tiles, v_rows, v.token_stride, 0);
-  commit_copies();
+  copy_rows<D>(q_tile, 0, {q}, span.q_begin + first, head, block_rows, span.q_len - first, p.head_dim);
+  copy_keys(0);
 
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   const int offset = warp_number() * 16, row = first + offset;  // of this warp
@@ -117,19 +123,17 @@ __global__ void __launch_bounds__(forward_warps(D, MANY) * kWarp, forward_blocks
   float o[D / 8][4] = {}, top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
 
   for (int base = 0; base < keys; base += KEYS) {
-    if constexpr (MANY) {
-      copy_tile(k_tiles, k_rows, k.token_stride, base + KEYS);
-      copy_tile(v_tiles, v_rows, v.token_stride, base + KEYS);
-      commit_copies();
-    }
+    if constexpr (MANY) copy_keys(base + KEYS);
     const T* const k_tile = k_tiles + base / KEYS % kPlaces * KEYS * kStride;
     const T* const v_tile = v_tiles + base / KEYS % kPlaces * KEYS * kStride;
     Draw draws[KEYS / 16];
     if constexpr (!MANY) {
 #pragma unroll
-      for (int j = 0; j < KEYS / 16; ++j) draws[j] = mask.draw_block(row / 16, j);
+      for (int j = 0; j < KEYS / 16; ++j) {
+        if (j / 2 * 32 < reach) draws[j] = mask.draw_block(row / 16, j);
+      }
     }
-    await_copies<1>();
+    await_copies<MANY ? 1 : 0>();
     __syncthreads();
 
     // s = q k^T, 32 keys at a time
@@ -212,10 +216,6 @@ __global__ void __launch_bounds__(forward_warps(D, MANY) * kWarp, forward_blocks
         }
       }
     }
-    if constexpr (!MANY) {
-      await_copies<0>();
-      __syncthreads();
-    }
 
     // o += dropout(p) v, 16 keys at a time
 #pragma unroll
@@ -259,12 +259,11 @@ template <typename T, int D, int KEYS, bool MANY>
 void launch_forward(const Heads<T>& out, float* lse, const Heads<const T>& q, const Heads<const T>& k,
                     const Heads<const T>& v, const Problem& p, int shared_limit, cudaStream_t stream) {
   const auto bytes = [](int warps) { return (16 * warps + (MANY ? 4 : 2) * KEYS) * padded(D) * int(sizeof(T)); };
-  int warps = max(1, min(forward_warps(D, MANY), ceil_div(p.max_len_q, 16)));
+  int warps = max(1, min(kForwardWarps, ceil_div(p.max_len_q, 16)));
   while (warps > 1 && bytes(warps) > shared_limit) --warps;
   const dim3 grid(p.sentences + 1, p.heads, max(1, ceil_div(p.max_len_q, 16 * warps)));
-  allow_shared(forward_tiles<T, D, KEYS, MANY>, "attention::forward_tiles", bytes(warps));
-  forward_tiles<T, D, KEYS, MANY><<<grid, warps * kWarp, bytes(warps), stream>>>(out, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::forward_tiles");
+  launch("attention::forward_tiles", forward_tiles<T, D, KEYS, MANY>, grid, warps * kWarp, bytes(warps), stream, out, lse,
+         q, k, v, p);
 }
 
 // Calls f with std::integral_constant of the tile width that holds head_dim.

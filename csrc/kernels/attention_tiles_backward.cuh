@@ -122,36 +122,42 @@ __device__ __forceinline__ void store_strip(const Heads<T>& x, int first, int ro
   }
 }
 
-// 16 bytes in one access
-template <typename T>
-__device__ __forceinline__ Packed<T, 8> load_unit(const T* from) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  return reinterpret_cast<const Packed<T, 8>&>(words);
-}
-
 // delta = sum(dout * out) of rows [first, first + rows) of a sentence, into shared memory and, unless null, to where
-// the sentence's rows are; 0 past the sentence.
-template <int D, typename T>
+// the sentence's rows are; 0 past the sentence. `meanwhile` is called while the first rows are on their way.
+template <int D, typename T, typename F>
 __device__ __forceinline__ void sum_rows(float* delta, float* global, int first, int rows, const Span& span,
                                          const Heads<const T>& dout, const Heads<const T>& out, int head,
-                                         int head_dim) {
-  constexpr int kLanes = D / 8;  // of a row
-  for (int i = threadIdx.x; i < rows * kLanes; i += blockDim.x) {
-    const int row = i / kLanes, column = i % kLanes * 8;
-    const bool inside = first + row < span.q_len;
-    float sum = 0.f;
-    if (inside && column < head_dim) {
-      const auto a = load_unit(dout.row(span.q_begin + first + row, head) + column);
-      const auto b = load_unit(out.row(span.q_begin + first + row, head) + column);
+                                         int head_dim, F&& meanwhile) {
+  constexpr int kLanes = D / 8, kAhead = 2;  // lanes of a row, with 16 bytes each; accesses under way
+  const int column = threadIdx.x % kLanes * 8, step = blockDim.x / kLanes, end = min(rows, span.q_len - first);
+  uint4 a[kAhead], b[kAhead];
+  const auto fetch = [&](int row) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) sum += to_float(a.lane[c]) * to_float(b.lane[c]);
+    for (int i = 0; i < kAhead; ++i, row += step) {
+      a[i] = b[i] = make_uint4(0, 0, 0, 0);
+      if (row >= end || column >= head_dim) continue;
+      a[i] = *reinterpret_cast<const uint4*>(dout.row(span.q_begin + first + row, head) + column);
+      b[i] = *reinterpret_cast<const uint4*>(out.row(span.q_begin + first + row, head) + column);
     }
+  };
+  int row = threadIdx.x / kLanes;
+  fetch(row);
+  meanwhile();
+  while (row < rows) {
 #pragma unroll
-    for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
-    if (column == 0) {
-      delta[row] = sum;
-      if (global != nullptr && inside) global[first + row] = sum;
+    for (int i = 0; i < kAhead; ++i, row += step) {
+      const auto &x = reinterpret_cast<const Packed<T, 8>&>(a[i]), &y = reinterpret_cast<const Packed<T, 8>&>(b[i]);
+      float sum = 0.f;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sum += to_float(x.lane[c]) * to_float(y.lane[c]);
+#pragma unroll
+      for (int apart = kLanes / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+      if (column == 0 && row < rows) {
+        delta[row] = sum;
+        if (global != nullptr && row < end) global[first + row] = sum;
+      }
     }
+    fetch(row);
   }
 }
 
@@ -206,15 +212,9 @@ __device__ __forceinline__ void differentiate_sentence(void* shared, const Heads
   constexpr int kRows = 16 * M;
   const ScoreTiles<T> tile = Room<T, D, M, CAPACITY>(p).tiles(shared);
   const int rows = rounded(span.q_len, kRows), columns = rounded(span.k_len, kRows);
-  copy_rows<D>(tile.q, q.row(span.q_begin, head), q.token_stride, rows, span.q_len, p.head_dim);
-  copy_rows<D>(tile.k, k.row(span.k_begin, head), k.token_stride, columns, span.k_len, p.head_dim);
-  copy_rows<D>(tile.dout, dout.row(span.q_begin, head), dout.token_stride, rows, span.q_len, p.head_dim);
-  copy_rows<D>(tile.v, v.row(span.k_begin, head), v.token_stride, columns, span.k_len, p.head_dim);
+  copy_rows<D>(tile.q, tile.dout - tile.q, {q, dout}, span.q_begin, head, rows, span.q_len, p.head_dim);
+  copy_rows<D>(tile.k, tile.v - tile.k, {k, v}, span.k_begin, head, columns, span.k_len, p.head_dim);
   commit_copies();
-  sum_rows<D>(tile.delta, nullptr, 0, rows, span, dout, out, head, p.head_dim);
-  for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-    tile.lse[i] = in_powers_of_2(lse + span.sums_begin(p, head), i, span.q_len);
-  }
 
   // Squares, but those that no query of theirs sees. A warp draws the random numbers of its next square ahead: those
   // of the first while the rows are on their way.
@@ -229,7 +229,10 @@ __device__ __forceinline__ void differentiate_sentence(void* shared, const Heads
       for (int n = 0; n < M; ++n) draws[m][n] = mask.draw_block(row / 16 + m, column / 16 + n);
     }
   };
-  draw_ahead();
+  sum_rows<D>(tile.delta, nullptr, 0, rows, span, dout, out, head, p.head_dim, draw_ahead);
+  for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+    tile.lse[i] = in_powers_of_2(lse + span.sums_begin(p, head), i, span.q_len);
+  }
   await_copies<0>();
   __syncthreads();
   while (row < rows) {
@@ -280,6 +283,7 @@ __global__ void __launch_bounds__(sentence_warps(M) * kWarp, M == 1 ? 6 : 2)
                        const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   extern __shared__ uint4 shared[];
   const int sentence = blockIdx.x, head = blockIdx.y;
+  wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
   if (!span.real) {
@@ -293,7 +297,7 @@ __global__ void __launch_bounds__(sentence_warps(M) * kWarp, M == 1 ? 6 : 2)
   }
 }
 
-constexpr int kTile = 64;
+constexpr int kTile = 64, kTileWarps = 8;
 
 // Shared memory of backward_tiles: a tile that stays and two that pass, of two operands each; m p, ds, lse, delta.
 template <typename T, int D>
@@ -302,14 +306,15 @@ constexpr int tile_bytes() {
 }
 
 // Grid: (B + 1, H, tiles of 64 keys if KEYS_STAY, else of queries). With KEYS_STAY dk and dv, else dq and delta, which the
-// former reads. Squares are 32 x 32, or 32 x 16 for 8 warps; strips 32 x 32, their sums kept in registers over all tiles.
-template <typename T, int D, bool KEYS_STAY, int WARPS>
-__global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
+// former reads. Squares are 32 x 16, strips 32 x 32, their sums kept in registers over all tiles.
+template <typename T, int D, bool KEYS_STAY>
+__global__ void __launch_bounds__(kTileWarps* kWarp, D <= 64 ? 2 : 1)
     backward_tiles(Heads<T> dq, Heads<T> dk, Heads<T> dv, float* delta, Heads<const T> dout, Heads<const T> out,
                    const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   extern __shared__ uint4 shared[];
   constexpr int kStride = padded(D), kScoreStride = padded(kTile), kSize = kTile * kStride;
   const int sentence = blockIdx.x, head = blockIdx.y;
+  wait_for_previous();
   const Span span(p, sentence);
   if (!span.real) {
     if (blockIdx.z > 0) return;
@@ -338,14 +343,10 @@ __global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
   tile.delta = tile.lse + kTile;
   tile.score_stride = kScoreStride;
   const auto copy_queries = [&](T* to, int row) {
-    const int inside = span.q_len - row;
-    copy_rows<D>(to, q.row(span.q_begin + row, head), q.token_stride, kTile, inside, p.head_dim);
-    copy_rows<D>(to + kSize, dout.row(span.q_begin + row, head), dout.token_stride, kTile, inside, p.head_dim);
+    copy_rows<D>(to, kSize, {q, dout}, span.q_begin + row, head, kTile, span.q_len - row, p.head_dim);
   };
   const auto copy_keys = [&](T* to, int row) {
-    const int inside = span.k_len - row;
-    copy_rows<D>(to, k.row(span.k_begin + row, head), k.token_stride, kTile, inside, p.head_dim);
-    copy_rows<D>(to + kSize, v.row(span.k_begin + row, head), v.token_stride, kTile, inside, p.head_dim);
+    copy_rows<D>(to, kSize, {k, v}, span.k_begin + row, head, kTile, span.k_len - row, p.head_dim);
   };
   const auto copy_passing = [&](int row) {
     T* const to = passing + row / kTile % 2 * 2 * kSize;
@@ -363,12 +364,12 @@ __global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
   };
   float next_sum = KEYS_STAY ? row_sum(begin) : 0.f;
   if (!KEYS_STAY) {
-    sum_rows<D>(tile.delta, delta, first, kTile, span, dout, out, head, p.head_dim);
+    sum_rows<D>(tile.delta, delta, first, kTile, span, dout, out, head, p.head_dim, [] {});
     if (threadIdx.x < kTile) tile.lse[row_of_thread] = in_powers_of_2(lse, first + row_of_thread, span.q_len);
   }
 
   const ProbabilityMask mask(p.dropout, sentence, head);
-  constexpr int kColumns = D / 32, kStrips = (KEYS_STAY ? 4 : 2) * kColumns, kOwn = (kStrips + WARPS - 1) / WARPS;
+  constexpr int kColumns = D / 32, kStrips = (KEYS_STAY ? 4 : 2) * kColumns, kOwn = (kStrips + kTileWarps - 1) / kTileWarps;
   const int warp = warp_number();
   float c[kOwn][2][4][4] = {};
   for (int base = begin; base < end; base += kTile) {
@@ -385,18 +386,16 @@ __global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
     await_copies<1>();
     __syncthreads();
 
-    constexpr int kSquareKeys = WARPS == 8 ? 1 : 2, kSquares = kTile / (16 * kSquareKeys);
-    const int query = warp / kSquares * 32, key = warp % kSquares * 16 * kSquareKeys;
-    const auto draw = [&](int m, int n) {
-      return mask.draw_block(((KEYS_STAY ? base : first) + query) / 16 + m, ((KEYS_STAY ? first : base) + key) / 16 + n);
-    };
-    score_square<T, D, 2, kSquareKeys>(tile, query, key,
-                                       KEYS_STAY ? base : first, KEYS_STAY ? first : base, span, p, draw);
+    const int query = warp / 4 * 32, key = warp % 4 * 16;
+    const int first_query = KEYS_STAY ? base : first, first_key = KEYS_STAY ? first : base;
+    score_square<T, D, 2, 1>(tile, query, key, first_query, first_key, span, p, [&](int m, int n) {
+      return mask.draw_block((first_query + query) / 16 + m, (first_key + key) / 16 + n);
+    });
     __syncthreads();
 
 #pragma unroll
     for (int own = 0; own < kOwn; ++own) {
-      const int strip = warp + own * WARPS, column = strip % kColumns * 32, row = strip / kColumns % 2 * 32;
+      const int strip = warp + own * kTileWarps, column = strip % kColumns * 32, row = strip / kColumns % 2 * 32;
       if (strip >= kStrips) break;
       const bool values = strip / kColumns >= 2;
 #pragma unroll
@@ -416,7 +415,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, D <= 64 ? 3 : 1)
   const float scale = static_cast<float>(p.scale);
 #pragma unroll
   for (int own = 0; own < kOwn; ++own) {
-    const int strip = warp + own * WARPS, column = strip % kColumns * 32, row = first + strip / kColumns % 2 * 32;
+    const int strip = warp + own * kTileWarps, column = strip % kColumns * 32, row = first + strip / kColumns % 2 * 32;
     if (strip >= kStrips) break;
     if (!KEYS_STAY) {
       store_strip(dq, span.q_begin, row, span.q_len, head, column, p.head_dim, c[own], scale);
@@ -439,10 +438,8 @@ bool launch_sentences(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv
   const int bytes = Room<T, D, M, CAPACITY>(p).bytes();
   if (bytes > shared_limit) return false;
   const int warps = CAPACITY ? 4 : sentence_warps(M);
-  allow_shared(backward_sentences<T, D, M, CAPACITY>, "attention::backward_sentences", bytes);
-  backward_sentences<T, D, M, CAPACITY><<<dim3(p.sentences + 1, p.heads), warps * kWarp, bytes, stream>>>(
-      dq, dk, dv, dout, out, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::backward_sentences");
+  launch("attention::backward_sentences", backward_sentences<T, D, M, CAPACITY>, dim3(p.sentences + 1, p.heads),
+         warps * kWarp, bytes, stream, dq, dk, dv, dout, out, lse, q, k, v, p);
   return true;
 }
 
@@ -451,12 +448,9 @@ bool launch_tiles(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, fl
                   const Heads<const T>& out, const float* lse, const Heads<const T>& q, const Heads<const T>& k,
                   const Heads<const T>& v, const Problem& p, int shared_limit, cudaStream_t stream) {
   if (tile_bytes<T, D>() > shared_limit) return false;
-  constexpr int kWarps = D > 64 ? 8 : 4;
   const dim3 grid(p.sentences + 1, p.heads, max(1, ceil_div(KEYS_STAY ? p.max_len_k : p.max_len_q, kTile)));
-  allow_shared(backward_tiles<T, D, KEYS_STAY, kWarps>, "attention::backward_tiles", tile_bytes<T, D>());
-  backward_tiles<T, D, KEYS_STAY, kWarps><<<grid, kWarps * kWarp, tile_bytes<T, D>(), stream>>>(dq, dk, dv, delta, dout,
-                                                                                               out, lse, q, k, v, p);
-  LIGHTSEQ_CHECK_LAUNCH("attention::backward_tiles");
+  launch("attention::backward_tiles", backward_tiles<T, D, KEYS_STAY>, grid, kTileWarps * kWarp, tile_bytes<T, D>(), stream,
+         dq, dk, dv, delta, dout, out, lse, q, k, v, p);
   return true;
 }
 

@@ -24,12 +24,22 @@ struct ReluSquared {
   static __device__ __forceinline__ float slope(float x) { return 2.f * fmaxf(x, 0.f); }
 };
 
+// x times the normal distribution's cdf, from the error function by Abramowitz & Stegun 7.1.26 (off by 1.5e-7 at most):
+// half the instructions of erff, which made this pass bound by arithmetic.
 struct Gelu {
   static constexpr bool kSavesOutput = false, kReadsSaved = true;
-  static __device__ __forceinline__ float cdf(float x) { return 0.5f + 0.5f * erff(x * 0.70710678f); }
-  static __device__ __forceinline__ float value(float x) { return x * cdf(x); }
+  // exponential: of -x^2 / 2
+  static __device__ __forceinline__ float cdf(float x, float exponential) {
+    const float t = __fdividef(1.f, 1.f + 0.23164188f * fabsf(x));  // 0.3275911 / sqrt(2)
+    const float polynomial =
+        t * (0.127414796f + t * (-0.142248368f + t * (0.71070687f + t * (-0.7265760135f + t * 0.5307027145f))));
+    const float tail = polynomial * exponential;  // of the distribution beyond |x|
+    return x > 0.f ? 1.f - tail : tail;
+  }
+  static __device__ __forceinline__ float value(float x) { return x * cdf(x, __expf(-0.5f * x * x)); }
   static __device__ __forceinline__ float slope(float x) {
-    return cdf(x) + x * 0.39894228f * __expf(-0.5f * x * x);  // 1 / sqrt(2 pi)
+    const float exponential = __expf(-0.5f * x * x);
+    return cdf(x, exponential) + x * 0.39894228f * exponential;  // 1 / sqrt(2 pi)
   }
 };
 
@@ -131,8 +141,8 @@ struct Backward {
 
   __device__ __forceinline__ Input read(long, long offset) const {
     Input input;
-    input.dout = *reinterpret_cast<const Packed<T, VEC>*>(dout + offset);
-    if constexpr (A::kReadsSaved) input.saved = *reinterpret_cast<const Packed<T, VEC>*>(saved + offset);
+    input.dout = request<VEC>(dout + offset);
+    if constexpr (A::kReadsSaved) input.saved = request<VEC>(saved + offset);
     return input;
   }
 

@@ -38,8 +38,7 @@ struct Forward {
   }
 
   __device__ __forceinline__ Input read(long, long offset) const {
-    return {*reinterpret_cast<const Packed<T, VEC>*>(x + offset),
-            *reinterpret_cast<const Packed<T, VEC>*>(residual + offset)};
+    return {request<VEC>(x + offset), request<VEC>(residual + offset)};
   }
 
   __device__ __forceinline__ void write(const Input& input, const Column& constants, long offset,
@@ -71,9 +70,7 @@ struct Backward {
 
   __device__ __forceinline__ Column prepare(int) const { return {DropoutMask(dropout)}; }
 
-  __device__ __forceinline__ Input read(long, long offset) const {
-    return *reinterpret_cast<const Input*>(dout + offset);
-  }
+  __device__ __forceinline__ Input read(long, long offset) const { return request<VEC>(dout + offset); }
 
   __device__ __forceinline__ void write(const Input& input, const Column& constants, long offset,
                                         float (&sums)[1][VEC]) const {

@@ -16,7 +16,7 @@ struct Residual {
   static constexpr int kSums = 3;  // dweight, dnorm_bias, dbias
   template <int VEC>
   struct Input {
-    Packed<T, VEC> x, residual;
+    Packed<T, VEC> x, residual, bias;
   };
   template <int VEC>
   using GradientInput = Packed<T, VEC>;
@@ -35,9 +35,8 @@ struct Residual {
   __device__ __forceinline__ Thread begin() const { return DropoutMask(dropout); }
 
   template <int VEC>
-  __device__ __forceinline__ Input<VEC> read(long offset) const {
-    return {*reinterpret_cast<const Packed<T, VEC>*>(x + offset),
-            *reinterpret_cast<const Packed<T, VEC>*>(residual + offset)};
+  __device__ __forceinline__ Input<VEC> read(long offset, int column) const {
+    return {request<VEC>(x + offset), request<VEC>(residual + offset), bias.request<T, VEC>(column)};
   }
 
   template <int VEC>
@@ -46,7 +45,7 @@ struct Residual {
     float residual_lane[VEC], bias_lane[VEC];
     input.x.widen(to);
     input.residual.widen(residual_lane);
-    bias.load<T, VEC>(column, bias_lane);
+    bias.value<T, VEC>(input.bias, column, bias_lane);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) to[i] += bias_lane[i];
     mask.template apply<VEC>(offset, to);
@@ -62,7 +61,7 @@ struct Residual {
 
   template <int VEC>
   __device__ __forceinline__ GradientInput<VEC> read_gradient(long offset) const {
-    if (dsum) return *reinterpret_cast<const Packed<T, VEC>*>(dsum + offset);
+    if (dsum) return request<VEC>(dsum + offset);
     return {};
   }
 

@@ -9,13 +9,14 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../common/launch.cuh"
+#include "../common/early_launch.cuh"
 #include "../common/octet.cuh"
 
 namespace lightseq {
 namespace column_sum {
 
 constexpr int kAcross = 32, kDown = 16, kThreads = kAcross * kDown;
+constexpr int kFinishDown = 32;
 constexpr int kBlocksPerMultiprocessor = 2;
 
 // Rows that a thread requests before it needs the first: 64 bytes of them, which keeps clear of spills.
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int column = (blockIdx.x * kAcross + threadIdx.x) * VEC;
   const long stride = static_cast<long>(gridDim.y) * kDown;
   float sums[K ? K : 1][VEC] = {};
+  wait_for_previous();
   if (column < columns) {
     const typename F::Column constants = f.prepare(column);
     for (long row = blockIdx.y * kDown + threadIdx.y; row < rows; row += kAhead * stride) {
@@ -91,17 +93,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// Block (kAcross, kDown), a column a threadIdx.x, the sum a blockIdx.y: partial (chunks, K, C) -> K x (C,).
+// Block (kAcross, kFinishDown), a column a threadIdx.x, the sum a blockIdx.y: partial (chunks, K, C) -> K x (C,).
 template <typename P, int K>
-__global__ void __launch_bounds__(kThreads)
-    finish(const Sums<P, K> out, const float* partial, const int chunks, const int columns) {
-  __shared__ float tile[kDown][kAcross];
+__global__ void __launch_bounds__(kAcross* kFinishDown)
+    finish(const __grid_constant__ Sums<P, K> out, const float* partial, const int chunks, const int columns) {
+  constexpr int kAhead = 8;  // requested at once: usually all that a thread adds up
+  __shared__ float tile[kFinishDown][kAcross];
   const int column = blockIdx.x * kAcross + threadIdx.x;
   float sum = 0.f;
+  wait_for_previous();
   if (column < columns) {
-#pragma unroll 4
-    for (int chunk = threadIdx.y; chunk < chunks; chunk += kDown) {
-      sum += partial[(static_cast<long>(chunk) * K + blockIdx.y) * columns + column];
+    for (int first = threadIdx.y; first < chunks; first += kAhead * kFinishDown) {
+      float part[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const long chunk = first + i * kFinishDown;
+        part[i] = chunk < chunks ? partial[(chunk * K + blockIdx.y) * columns + column] : 0.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) sum += part[i];
     }
   }
   tile[threadIdx.y][threadIdx.x] = sum;
@@ -109,11 +119,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.y == 0 && column < columns) {
     float total = 0.f;
 #pragma unroll
-    for (int row = 0; row < kDown; ++row) total += tile[row][threadIdx.x];
-#pragma unroll
-    for (int k = 0; k < K; ++k) {  // an index known at run time would copy the pointers to local memory
-      if (blockIdx.y == k) out.sum[k][column] = from_float<P>(total);
-    }
+    for (int row = 0; row < kFinishDown; ++row) total += tile[row][threadIdx.x];
+    out.sum[blockIdx.y][column] = from_float<P>(total);
   }
 }
 
@@ -128,20 +135,20 @@ void run(const char* name, bool octets, PassOf&& pass_of, float* partial, int ch
   const auto launch = [&](auto vec) {
     const auto pass = pass_of(vec);
     const dim3 grid(ceil_div(columns, kAcross * vec), chunks);
-    walk<decltype(vec)::value><<<grid, dim3(kAcross, kDown), 0, stream>>>(pass, partial, rows, columns);
+    launch_early(name, walk<decltype(vec)::value, std::decay_t<decltype(pass)>>, grid, dim3(kAcross, kDown), stream,
+                 pass, partial, rows, columns);
   };
   if (octets) {
     launch(std::integral_constant<int, kOctet>{});
   } else {
     launch(std::integral_constant<int, 1>{});
   }
-  LIGHTSEQ_CHECK_LAUNCH(name);
 }
 
 template <typename P, int K>
 void add_up(const Sums<P, K>& out, const float* partial, int chunks, int columns, cudaStream_t stream) {
-  finish<P, K><<<dim3(ceil_div(columns, kAcross), K), dim3(kAcross, kDown), 0, stream>>>(out, partial, chunks, columns);
-  LIGHTSEQ_CHECK_LAUNCH("column_sum::finish");
+  launch_early("column_sum::finish", finish<P, K>, dim3(ceil_div(columns, kAcross), K), dim3(kAcross, kFinishDown),
+               stream, out, partial, chunks, columns);
 }
 
 }  // namespace column_sum

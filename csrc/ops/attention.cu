@@ -22,8 +22,8 @@ Heads<T> heads(const Parts& parts, int which) {
   LIGHTSEQ_EXPECT(x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1 || x.numel() == 0);
   T* const first = reinterpret_cast<T*>(x.data_ptr()) + (x.dim() == 4 ? slice * x.stride(1) : 0);
   const int64_t token_stride = x.stride(0), head_stride = x.stride(x.dim() - 2);
-  LIGHTSEQ_EXPECT(token_stride <= INT32_MAX && head_stride <= INT32_MAX && x.size(0) <= INT32_MAX);
-  return {first, static_cast<int>(token_stride), static_cast<int>(head_stride)};
+  LIGHTSEQ_EXPECT(token_stride <= UINT32_MAX && head_stride <= UINT32_MAX && x.size(0) <= INT32_MAX);
+  return {first, static_cast<unsigned>(token_stride), static_cast<unsigned>(head_stride)};
 }
 
 template <typename T>

@@ -30,6 +30,9 @@ Tensor backward(Tensor dout, Tensor indices, int64_t vocab, int64_t padding_inde
   LIGHTSEQ_EXPECT(dout.is_contiguous() && indices.is_contiguous());
   const torch::stable::accelerator::DeviceGuard guard(dout.get_device_index());
   const int64_t count = indices.size(0), columns = dout.size(1);
+  STD_TORCH_CHECK(count <= embedding::kIndicesAtMost && vocab <= embedding::kIndicesAtMost,
+                  "embedding: its gradient on CUDA takes at most ", embedding::kIndicesAtMost, " tokens and rows, got ",
+                  count, " tokens and ", vocab, " rows; split the batch or the table");
   const Tensor dtable = torch::stable::new_empty(dout, {vocab, columns});  // CUDA memory comes in 512-byte pieces
   const Tensor places = torch::stable::new_empty(dout, {2, count}, ScalarType::Int);
   const Tensor parts = new_float(dout, {embedding::chunks(count), 2, columns});

@@ -21,7 +21,7 @@ def run(function: Function, inputs: Sequence[Tensor], probes: Sequence[Tensor] |
     probes = probes if probes is not None else new_probes(outputs)
     assert len(probes) == len(outputs)
     return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, tuple(
-        probe.to(out.dtype) for probe, out in zip(probes, outputs, strict=True)))]
+        probe.to(out) for probe, out in zip(probes, outputs, strict=True)))]
 
 
 def new_probes(outputs: Sequence[Tensor]) -> list[Tensor]:

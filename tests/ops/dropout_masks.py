@@ -37,7 +37,7 @@ def multiplier(shape: tuple[int, ...], p: float, seed: torch.Tensor | None) -> t
         return _dropout.dropout(torch.ones(shape, dtype=torch.float64), p, seed)
     numbers = philox_numbers(int(np.prod(shape)), int(seed))
     kept = torch.from_numpy(numbers >= _dropout.threshold(p)).view(shape)
-    return (kept * _dropout.scale(p)).to(seed.device)
+    return (kept.double() * _dropout.scale(p)).to(seed.device)
 
 
 def new_seed(device: torch.device | str = "cpu") -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightseq_fairseq import ops
-from tests.ops.comparison import check_graph, check_misaligned, compare, saved_bytes
+from tests.ops.comparison import check_graph, check_misaligned, compare, run, saved_bytes
 
-SHAPES = [(1, 1), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (11, 2056),
+SHAPES = [(1, 3), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (11, 2056),
           (5, 4096), (3, 8192), (6, 8200), (2, 16384), (2, 16411)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -43,6 +43,14 @@ def test_a_large_mean_does_not_hide_the_variance(columns, device):
     ones = torch.ones(columns, device=device)
     torch.testing.assert_close(op(x, ones, ones * 0).double(), formula(x.double(), ones.double(), ones.double() * 0),
                                rtol=1e-3, atol=1e-3)
+
+
+def test_one_column_is_its_own_mean(device):
+    """xhat is 0, but for the rounding of the mean, which rstd = eps ** -0.5 enlarges."""
+    inputs = [tensor.to(device, torch.float32) for tensor in sample((5, 1))]
+    y, dx, dweight, dbias = run(op, inputs, [torch.ones(5, 1)])
+    torch.testing.assert_close(y, inputs[2].expand(5, 1))
+    torch.testing.assert_close((dx, dweight, dbias), (y * 0, dweight * 0, y[0] * 0 + 5), rtol=0, atol=1e-3)
 
 
 def test_gradient_is_the_derivative():
