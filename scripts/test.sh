@@ -3,6 +3,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
+export OMP_WAIT_POLICY=passive  # several processes share the cores: threads that spin while they wait would starve them
 
 ruff check .
 mypy lightseq_fairseq/{config.py,model_file,export,generator,inference.py}
