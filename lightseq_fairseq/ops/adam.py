@@ -49,6 +49,13 @@ def chunks(params: Sequence[Tensor]) -> Iterator[slice]:
     yield slice(start, len(params))
 
 
+def _laid_out_as(moment: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` in the type and with the strides of ``moment``: the kernel underneath walks raw memory, and on CUDA it
+    wants equal strides even of dimensions of size 1."""
+    tensor = tensor.to(moment.dtype)
+    return tensor if tensor.stride() == moment.stride() else torch.empty_like(moment).copy_(tensor)
+
+
 def adam_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor],
           exp_avg_sqs: Sequence[Tensor], *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
           step: int, scale: float | Tensor = 1.0) -> None:
@@ -69,7 +76,7 @@ def adam_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[
     for run in chunks(params):
         exp_avg_run, exp_avg_sq_run = list(exp_avgs[run]), list(exp_avg_sqs[run])
         wide_params, wide_grads = (
-            [tensor.to(exp_avg.dtype).contiguous() for tensor, exp_avg in zip(tensors[run], exp_avg_run, strict=True)]
+            [_laid_out_as(exp_avg, tensor) for tensor, exp_avg in zip(tensors[run], exp_avg_run, strict=True)]
             for tensors in (params, grads))
         # torch divides sqrt(v) by sqrt(1 - beta2^t) before it adds eps, fairseq after: hence eps is divided too
         torch._fused_adamw_(
