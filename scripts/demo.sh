@@ -20,7 +20,8 @@ if [ -e model.pb ]; then
 else
   # tqdm draws its bar on standard error where that is a terminal; elsewhere a line appears every 50 updates. Threads
   # that wait asleep leave a shared machine its cores. The warnings are fairseq's, about torch and hydra.
-  OMP_WAIT_POLICY=passive PYTHONWARNINGS=ignore lightseq-train data-bin -s en -t de --arch ls_transformer --share-all-embeddings --dropout 0.1 \
+  OMP_WAIT_POLICY=passive PYTHONWARNINGS=ignore \
+    lightseq-train data-bin -s en -t de --arch ls_transformer --share-all-embeddings --dropout 0.1 \
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4 \
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 \
     --criterion ls_label_smoothed_cross_entropy --label-smoothing 0.1 \
