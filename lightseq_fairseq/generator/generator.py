@@ -52,14 +52,15 @@ class Generator:
 
     def generate(self, src_tokens: Sequence[Tensor], options: GenerationOptions | None = None,
                  prefix_tokens: Tensor | None = None,
-                 max_lens: Sequence[int] | None = None) -> list[list[Hypothesis]]:
+                 max_lens: Sequence[int] | None = None,
+                 draws: torch.Generator | None = None) -> list[list[Hypothesis]]:
         """One batch, in the order given: sentences 1-D int64, eos included, without padding.
 
         ``prefix_tokens`` (B, P) int64 are forced target beginnings, pad where one is shorter; ``max_lens`` are limits
-        that replace the options'.
+        that replace the options'; ``draws`` samples in place of ``options.seed``.
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
-        return decode(self.models, src_tokens, options or GenerationOptions(), prefix_tokens, max_lens)
+        return decode(self.models, src_tokens, options or GenerationOptions(), prefix_tokens, max_lens, draws)
 
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
               prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,
@@ -71,9 +72,12 @@ class Generator:
         """
         self._check_ids(ids)
         results: list[list[Hypothesis]] = [[] for _ in ids]
+        seed = None if options is None else options.seed  # for all batches together: each would draw the same otherwise
+        draws = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         for batch in _batches_by_length([len(sentence) for sentence in ids], max_tokens, max_sentences):
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
-            found = self.generate([torch.tensor(ids[i], dtype=torch.int64) for i in batch], options, prefixes)
+            sources = [torch.tensor(ids[i], dtype=torch.int64) for i in batch]
+            found = self.generate(sources, options, prefixes, draws=draws)
             for index, hypotheses in zip(batch, found, strict=True):
                 results[index] = hypotheses
             if progress is not None:

@@ -95,6 +95,15 @@ def test_prefixes_are_forced(ids):
         assert hypotheses[0].tokens.tolist()[:len(prefix)] == prefix
 
 
+def test_a_seed_serves_all_batches_and_repeats(ids):
+    generator = Generator([random_model()], "cpu")
+    options = GenerationOptions(beam=1, sampling=True, seed=3, max_len_b=12)
+    same = [[4, 5, 6, 2]] * 6
+    first, second = ([h[0].tokens.tolist() for h in generator.infer(same, options, max_sentences=1)] for _ in range(2))
+    assert first == second
+    assert len({tuple(tokens) for tokens in first}) > 1, "batches must not all draw alike"
+
+
 def test_text_in_text_out():
     generator = Generator([random_model()], "cpu")
     assert generator.encode_line("s4 s22 nobody") == [4, 22, 3, 2]
