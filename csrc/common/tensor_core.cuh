@@ -1,8 +1,8 @@
 // Warp-wide pieces of a 16-bit matrix product with fp32 sums (mma m16n8k16, sm_80 on): copy, load, multiply, store.
 //
 // Lane l of a warp has the group g = l / 4 and the place t = l % 4 in it. A 16 x 8 accumulator c[4] holds rows g
-// (c[0], c[1]) and g + 8 (c[2], c[3]) at columns 2t and 2t + 1. Tiles in shared memory have rows of an odd number of 16-byte
-// units, so that the eight rows of a load fall on different banks.
+// (c[0], c[1]) and g + 8 (c[2], c[3]) at columns 2t and 2t + 1. Tiles in shared memory have rows of an odd number of
+// 16-byte units, so that the eight rows of a load fall on different banks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -78,10 +78,10 @@ template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                     uint32_t b1) {
+__device__ __forceinline__ void multiply_add<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -90,28 +90,14 @@ template <>
 __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                                             uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two floats as two 16-bit numbers, the first in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-// Lane t of each four holds words[n], the columns 2t and 2t + 1 of an 8-wide piece n; after it, all 8 columns of piece t.
+// Lane t of each four holds words[n], the columns 2t and 2t + 1 of an 8-wide piece n; after it, all 8 columns of piece
+// t.
 __device__ __forceinline__ uint4 gather_columns(const uint32_t (&words)[4]) {
   const bool odd = threadIdx.x & 1, late = threadIdx.x & 2;
   uint32_t w[4];

@@ -1,12 +1,13 @@
 // What all attention kernels share: the problem, a sentence's rows, the dropout mask.
 //
-// Letters: B sentences, H heads, D head size, Nq and Nk tokens of queries and of keys. lse is (H, Nq): the log of the sum of
-// exp(scaled scores) that a query sees, +inf where it sees no key, which makes its every probability exp(s - lse) = 0.
+// Letters: B sentences, H heads, D head size, Nq and Nk tokens of queries and of keys. lse is (H, Nq): the log of the
+// sum of exp(scaled scores) that a query sees, +inf where it sees no key, which makes its every probability exp(s -
+// lse) = 0.
 #pragma once
 
 #include <cstdint>
 
-#include "../common/launch.cuh"
+#include "../common/early_launch.cuh"
 #include "../common/philox.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vector.cuh"
@@ -78,8 +79,9 @@ struct Draw {
 };
 
 // Which probabilities dropout keeps: a function of seed, sentence, head, query i and key j, whatever the tiling. One
-// Philox draw serves the eight (i, j), (i, j + 1), (i + 8, j), (i + 8, j + 1) and the same at j + 8, where i % 16 < 8, j % 16 < 8
-// and j is even: what one lane holds of two neighbouring accumulators. Its numbers are used in this order, with
+// Philox draw serves the eight (i, j), (i, j + 1), (i + 8, j), (i + 8, j + 1) and the same at j + 8, where i % 16 < 8,
+// j % 16 < 8 and j is even: what one lane holds of two neighbouring accumulators. Its numbers are used in this order,
+// with
 //   key      seed
 //   counter  (i / 16 * 8 + i % 8, j / 16 * 4 + j % 8 / 2, head, 1 + sentence)
 class ProbabilityMask {
@@ -116,37 +118,6 @@ __device__ void clear_rows(const Heads<T>& x, int first, int count, int head, in
 #pragma unroll 1
     for (int d = threadIdx.x % kWarp; d < head_dim; d += kWarp) x.row(first + row, head)[d] = from_float<T>(0.f);
   }
-}
-
-// Before a kernel touches memory: the kernel before it may still run, see launch().
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// Launches with `bytes` of dynamic shared memory, of which more than 48 KiB must be asked for, and on compute capability
-// 9.0 or later while the kernel before it in the stream ends (programmatic dependent launch).
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
-  int device = 0, major = 0;
-  check_launch(name, cudaGetDevice(&device));
-  check_launch(name, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  if (bytes > 48 * 1024) {
-    check_launch(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  }
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  check_launch(name, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 }  // namespace attention

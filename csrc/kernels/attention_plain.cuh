@@ -1,8 +1,8 @@
 // Attention for what the tensor cores do not take: fp32, fp64, head sizes not a multiple of 8, sentences of any length.
 //
-// A block takes 32 queries (forward, dq) or keys (dk, dv) of one (sentence, head), ROWS a warp, and walks over the other
-// side in runs of 32 that it copies to shared memory: each lane scores one of a run against the warp's rows, then the
-// lanes share out the D columns and sum over the run. Arithmetic in fp32, in fp64 for fp64.
+// A block takes 32 queries (forward, dq) or keys (dk, dv) of one (sentence, head), ROWS a warp, and walks over the
+// other side in runs of 32 that it copies to shared memory: each lane scores one of a run against the warp's rows, then
+// the lanes share out the D columns and sum over the run. Arithmetic in fp32, in fp64 for fp64.
 #pragma once
 
 #include <type_traits>
@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(kStep* kWarp)
     log_sum[r] = INFINITY, row_sum[r] = 0;
     if (query >= span.q_len) continue;
     for (int d = lane; d < p.head_dim; d += kWarp) {
-      row_sum[r] += tile.own[1][(own + kStep * r) * p.head_dim + d] * static_cast<A>(out.row(span.q_begin + query, head)[d]);
+      row_sum[r] +=
+          tile.own[1][(own + kStep * r) * p.head_dim + d] * static_cast<A>(out.row(span.q_begin + query, head)[d]);
     }
     row_sum[r] = sum_of_warp(row_sum[r]);
     log_sum[r] = lse[span.sums_begin(p, head) + query];
@@ -303,18 +304,18 @@ int plain_bytes(const Problem& p) {
 template <typename T>
 void forward_plain(const Heads<T>& out, Wide<T>* lse, const Heads<const T>& q, const Heads<const T>& k,
                    const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  launch("attention::forward_queries", forward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
-         plain_bytes<T>(p), stream, out, lse, q, k, v, p);
+  launch_early("attention::forward_queries", forward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
+               plain_bytes<T>(p), stream, out, lse, q, k, v, p);
 }
 
 template <typename T>
 void backward_plain(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, Wide<T>* delta,
                     const Heads<const T>& dout, const Heads<const T>& out, const Wide<T>* lse, const Heads<const T>& q,
                     const Heads<const T>& k, const Heads<const T>& v, const Problem& p, cudaStream_t stream) {
-  launch("attention::backward_queries", backward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
-         plain_bytes<T>(p), stream, dq, delta, dout, out, lse, q, k, v, p);
-  launch("attention::backward_keys", backward_keys<T>, plain_grid<T>(p, p.max_len_k), kStep * kWarp, plain_bytes<T>(p),
-         stream, dk, dv, delta, dout, lse, q, k, v, p);
+  launch_early("attention::backward_queries", backward_queries<T>, plain_grid<T>(p, p.max_len_q), kStep * kWarp,
+               plain_bytes<T>(p), stream, dq, delta, dout, out, lse, q, k, v, p);
+  launch_early("attention::backward_keys", backward_keys<T>, plain_grid<T>(p, p.max_len_k), kStep * kWarp,
+               plain_bytes<T>(p), stream, dk, dv, delta, dout, lse, q, k, v, p);
 }
 
 }  // namespace attention

@@ -1,11 +1,12 @@
-// Attention of 16-bit types on tensor cores, forward. One block computes up to 64 queries of one (sentence, head), 16 a warp.
+// Attention of 16-bit types on tensor cores, forward. One block computes up to 64 queries of one (sentence, head), 16 a
+// warp.
 //
 // Sentences of translation have 20 to 60 tokens: their keys fit one tile in shared memory, the softmax of a row is
 // taken at once in registers, and nothing is rescaled. Longer ones loop over tiles, the next one being copied
 // meanwhile, with the running maximum and sum of flash attention (Dao et al. 2022).
-// Floor: each of q, k, v, out moves once, 8 N H D bytes; 2646 tokens, H = 8, D = 64: 10.8 MB, 2.6 us at 4.2 TB/s. At that size
-// latency rules: two dependent trips to memory (cu_seqlens, rows), then arithmetic in a line. What does not depend on
-// the rows, the random numbers above all, is done while they are on their way.
+// Floor: each of q, k, v, out moves once, 8 N H D bytes; 2646 tokens, H = 8, D = 64: 10.8 MB, 2.6 us at 4.2 TB/s. At
+// that size latency rules: two dependent trips to memory (cu_seqlens, rows), then arithmetic in a line. What does not
+// depend on the rows, the random numbers above all, is done while they are on their way.
 #pragma once
 
 #include <type_traits>
@@ -262,8 +263,8 @@ void launch_forward(const Heads<T>& out, float* lse, const Heads<const T>& q, co
   int warps = max(1, min(kForwardWarps, ceil_div(p.max_len_q, 16)));
   while (warps > 1 && bytes(warps) > shared_limit) --warps;
   const dim3 grid(p.sentences + 1, p.heads, max(1, ceil_div(p.max_len_q, 16 * warps)));
-  launch("attention::forward_tiles", forward_tiles<T, D, KEYS, MANY>, grid, warps * kWarp, bytes(warps), stream, out, lse,
-         q, k, v, p);
+  launch_early("attention::forward_tiles", forward_tiles<T, D, KEYS, MANY>, grid, warps * kWarp, bytes(warps), stream,
+               out, lse, q, k, v, p);
 }
 
 // Calls f with std::integral_constant of the tile width that holds head_dim.

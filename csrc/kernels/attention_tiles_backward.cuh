@@ -1,15 +1,27 @@
 // Attention of 16-bit types on tensor cores, backward.
 //
-// With p = exp(s - lse) recomputed, m the dropout mask (0 or 1), r = 1 / (1 - rate), delta = sum(dout * out) of each row:
+// With p = exp(s - lse) recomputed, m the dropout mask (0 or 1), r = 1 / (1 - rate), delta = sum(dout * out) of a row:
 //   dv = r (m p)^T dout,   ds = p (r m dout v^T - delta),   dq = scale ds k,   dk = scale ds^T q
 //
-// Sentences that fit: one block computes all three gradients of a (sentence, head), everything in shared memory: q, k, v,
-// dout and, in 16 bits, m p and ds. Three steps with a barrier between: copy; squares of scores; strips of the three
+// Sentences that fit: one block computes all three gradients of a (sentence, head), everything in shared memory: q, k,
+// v, dout and, in 16 bits, m p and ds. Three steps with a barrier between: copy; squares of scores; strips of the three
 // products. Squares and strips are dealt to the warps in turn, so that all are busy even for a short sentence, and no
 // accumulator outlives its piece, which keeps registers few whatever D is.
 // Longer ones: one block a tile of 64 queries makes dq, then one block a tile of 64 keys makes dk and dv. Each walks
 // over the other side and computes the scores again: 7 products of tiles in place of 5, and no atomics.
-// Floor: q, k, v, out, dout in and dq, dk, dv out, 16 N H D bytes; 2646 tokens, H = 8, D = 64: 21.7 MB, 5.2 us at 4.2 TB/s.
+// Floor: q, k, v, out, dout in, dq, dk, dv out, 16 N H D bytes; 2646 tokens, H = 8, D = 64: 21.7 MB, 5.2 us at 4.2
+// TB/s.
+//
+// Measured on an H200 against torch's flash attention, microseconds forward + backward inside a CUDA graph, fp16, H =
+// 8, D = 64, dropout 0.1, every call on other data:
+//   sentences x tokens   15 x 27     98 x 27    270 x 27    98 x 10-50   60 x 64   30 x 80-128   24 x 100-160
+//   here                  2.8 + 3.9   5.1 + 11   11 + 25      8.3 + 16   8.0 + 15     12 + 24        14 + 29
+//   flash                 5.8 + 17     19 + 74   47 + 221      19 + 75    14 + 53     11 + 32        18 + 46
+//   sentences x tokens   16 x 150-256   8 x 300-512   8 x 1024    8 x 1024 causal
+//   here                    19 + 58       29 + 93     112 + 372       73 + 214
+//   flash                   16 + 43       25 + 64      87 + 222       75 + 165
+// Flash is faster from some 200 tokens on. It is not called there: its mask is no function of the seed, its dq is
+// summed in no fixed order, and it is reached only through private operators of torch.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -27,14 +39,14 @@ struct ScoreTiles {
   int score_stride;
 };
 
-// m p and ds of the square of 16 MQ queries from query0 on and 16 MK keys from key0 on, counted in the tiles, which start at
-// first_query and first_key of the sentence. draw(m, n) has the random numbers of its 16 x 16 block (m, n).
+// m p and ds of the square of 16 MQ queries from query0 on and 16 MK keys from key0 on, counted in the tiles, which
+// start at first_query and first_key of the sentence. draw(m, n) has the random numbers of its 16 x 16 block (m, n).
 template <typename T, int D, int MQ, int MK, typename F>
 __device__ __forceinline__ void score_square(const ScoreTiles<T>& tile, int query0, int key0, int first_query,
                                              int first_key, const Span& span, const Problem& p, F&& draw) {
   constexpr int kStride = padded(D);
   float s[MQ][2 * MK][4] = {}, dp[MQ][2 * MK][4] = {};
-  const auto multiply = [&](float(&c)[MQ][2 * MK][4], const T* left, const T* right, int d) {
+  const auto multiply = [&](float (&c)[MQ][2 * MK][4], const T* left, const T* right, int d) {
     uint32_t a[MQ][4], b[MK][4];
 #pragma unroll
     for (int m = 0; m < MQ; ++m) load_left(a[m], left + (query0 + 16 * m) * kStride + d, kStride);
@@ -126,8 +138,8 @@ __device__ __forceinline__ void store_strip(const Heads<T>& x, int first, int ro
 // the sentence's rows are; 0 past the sentence. `meanwhile` is called while the first rows are on their way.
 template <int D, typename T, typename F>
 __device__ __forceinline__ void sum_rows(float* delta, float* global, int first, int rows, const Span& span,
-                                         const Heads<const T>& dout, const Heads<const T>& out, int head,
-                                         int head_dim, F&& meanwhile) {
+                                         const Heads<const T>& dout, const Heads<const T>& out, int head, int head_dim,
+                                         F&& meanwhile) {
   constexpr int kLanes = D / 8, kAhead = 2;  // lanes of a row, with 16 bytes each; accesses under way
   const int column = threadIdx.x % kLanes * 8, step = blockDim.x / kLanes, end = min(rows, span.q_len - first);
   uint4 a[kAhead], b[kAhead];
@@ -268,9 +280,15 @@ __device__ __forceinline__ void differentiate_sentence(void* shared, const Heads
                                       right + query * padded(D));
       }
     }
-    const Heads<T> gradient = {queries ? dq.data : values ? dv.data : dk.data,
-                               queries ? dq.token_stride : values ? dv.token_stride : dk.token_stride,
-                               queries ? dq.head_stride : values ? dv.head_stride : dk.head_stride};
+    const Heads<T> gradient = {queries  ? dq.data
+                               : values ? dv.data
+                                        : dk.data,
+                               queries  ? dq.token_stride
+                               : values ? dv.token_stride
+                                        : dk.token_stride,
+                               queries  ? dq.head_stride
+                               : values ? dv.head_stride
+                                        : dk.head_stride};
     store_strip(gradient, queries ? span.q_begin : span.k_begin, row, queries ? span.q_len : span.k_len, head, column,
                 p.head_dim, c, values ? p.dropout.scale : static_cast<float>(p.scale));
   }
@@ -279,8 +297,8 @@ __device__ __forceinline__ void differentiate_sentence(void* shared, const Heads
 // Grid: (B + 1, H). M = 1 for batches of sentences up to 32; with M = 2 such sentences still take small squares.
 template <typename T, int D, int M, int CAPACITY>
 __global__ void __launch_bounds__(sentence_warps(M) * kWarp, M == 1 ? 6 : 2)
-    backward_sentences(Heads<T> dq, Heads<T> dk, Heads<T> dv, Heads<const T> dout, Heads<const T> out,
-                       const float* lse, Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
+    backward_sentences(Heads<T> dq, Heads<T> dk, Heads<T> dv, Heads<const T> dout, Heads<const T> out, const float* lse,
+                       Heads<const T> q, Heads<const T> k, Heads<const T> v, Problem p) {
   extern __shared__ uint4 shared[];
   const int sentence = blockIdx.x, head = blockIdx.y;
   wait_for_previous();
@@ -305,8 +323,8 @@ constexpr int tile_bytes() {
   return (6 * kTile * padded(D) + 2 * kTile * padded(kTile)) * sizeof(T) + 2 * kTile * sizeof(float);
 }
 
-// Grid: (B + 1, H, tiles of 64 keys if KEYS_STAY, else of queries). With KEYS_STAY dk and dv, else dq and delta, which the
-// former reads. Squares are 32 x 16, strips 32 x 32, their sums kept in registers over all tiles.
+// Grid: (B + 1, H, tiles of 64 keys if KEYS_STAY, else of queries). With KEYS_STAY dk and dv, else dq and delta, which
+// the former reads. Squares are 32 x 16, strips 32 x 32, their sums kept in registers over all tiles.
 template <typename T, int D, bool KEYS_STAY>
 __global__ void __launch_bounds__(kTileWarps* kWarp, D <= 64 ? 2 : 1)
     backward_tiles(Heads<T> dq, Heads<T> dk, Heads<T> dv, float* delta, Heads<const T> dout, Heads<const T> out,
@@ -369,7 +387,8 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, D <= 64 ? 2 : 1)
   }
 
   const ProbabilityMask mask(p.dropout, sentence, head);
-  constexpr int kColumns = D / 32, kStrips = (KEYS_STAY ? 4 : 2) * kColumns, kOwn = (kStrips + kTileWarps - 1) / kTileWarps;
+  constexpr int kColumns = D / 32, kStrips = (KEYS_STAY ? 4 : 2) * kColumns,
+                kOwn = (kStrips + kTileWarps - 1) / kTileWarps;
   const int warp = warp_number();
   float c[kOwn][2][4][4] = {};
   for (int base = begin; base < end; base += kTile) {
@@ -438,8 +457,8 @@ bool launch_sentences(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv
   const int bytes = Room<T, D, M, CAPACITY>(p).bytes();
   if (bytes > shared_limit) return false;
   const int warps = CAPACITY ? 4 : sentence_warps(M);
-  launch("attention::backward_sentences", backward_sentences<T, D, M, CAPACITY>, dim3(p.sentences + 1, p.heads),
-         warps * kWarp, bytes, stream, dq, dk, dv, dout, out, lse, q, k, v, p);
+  launch_early("attention::backward_sentences", backward_sentences<T, D, M, CAPACITY>, dim3(p.sentences + 1, p.heads),
+               warps * kWarp, bytes, stream, dq, dk, dv, dout, out, lse, q, k, v, p);
   return true;
 }
 
@@ -449,13 +468,14 @@ bool launch_tiles(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, fl
                   const Heads<const T>& v, const Problem& p, int shared_limit, cudaStream_t stream) {
   if (tile_bytes<T, D>() > shared_limit) return false;
   const dim3 grid(p.sentences + 1, p.heads, max(1, ceil_div(KEYS_STAY ? p.max_len_k : p.max_len_q, kTile)));
-  launch("attention::backward_tiles", backward_tiles<T, D, KEYS_STAY>, grid, kTileWarps * kWarp, tile_bytes<T, D>(), stream,
-         dq, dk, dv, delta, dout, out, lse, q, k, v, p);
+  launch_early("attention::backward_tiles", backward_tiles<T, D, KEYS_STAY>, grid, kTileWarps * kWarp,
+               tile_bytes<T, D>(), stream, dq, dk, dv, delta, dout, out, lse, q, k, v, p);
   return true;
 }
 
-// As forward_on_tensor_cores. delta is written only for long sentences. False, with nothing done, where the device's shared
-// memory does not hold the tiles: long sentences of D = 128 before sm_80's 163 KiB, of D = 256 before sm_90's 227.
+// As forward_on_tensor_cores. delta is written only for long sentences. False, with nothing done, where the device's
+// shared memory does not hold the tiles: long sentences of D = 128 before sm_80's 163 KiB, of D = 256 before sm_90's
+// 227.
 template <typename T>
 bool backward_on_tensor_cores(const Heads<T>& dq, const Heads<T>& dk, const Heads<T>& dv, float* delta,
                               const Heads<const T>& dout, const Heads<const T>& out, const float* lse,
@@ -464,7 +484,8 @@ bool backward_on_tensor_cores(const Heads<T>& dq, const Heads<T>& dk, const Head
   bool done = false;
   with_width(p.head_dim, [&](auto width) {
     const auto sentences = [&](auto m, auto capacity) {
-      return launch_sentences<T, width(), m(), capacity()>(dq, dk, dv, dout, out, lse, q, k, v, p, shared_limit, stream);
+      return launch_sentences<T, width(), m(), capacity()>(dq, dk, dv, dout, out, lse, q, k, v, p, shared_limit,
+                                                           stream);
     };
     const auto tiles = [&](auto keys_stay) {
       return launch_tiles<T, width(), keys_stay()>(dq, dk, dv, delta, dout, out, lse, q, k, v, p, shared_limit, stream);

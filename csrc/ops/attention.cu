@@ -74,8 +74,8 @@ Problem problem(const Parts& parts, const Tensor& cu_seqlens_q, const Tensor& cu
 
 int shared_limit(const Tensor& tensor) {
   int bytes = 0;
-  check_launch("attention", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                                   tensor.get_device_index()));
+  check_launch("attention",
+               cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device_index()));
   return bytes;
 }
 
@@ -130,8 +130,8 @@ Parts backward(Tensor dout, Parts parts, Tensor out, Tensor lse, Tensor cu_seqle
         return;
       }
     }
-    attention::backward_plain<T>(dq, dk, dv, data<Wide<T>>(delta), dout_rows, out_rows, data<Wide<T>>(lse), q, k, v,
-                                      p, stream);
+    attention::backward_plain<T>(dq, dk, dv, data<Wide<T>>(delta), dout_rows, out_rows, data<Wide<T>>(lse), q, k, v, p,
+                                 stream);
   });
   return grads;
 }
