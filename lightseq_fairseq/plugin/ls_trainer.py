@@ -10,10 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
+import os
 from typing import Any
 
 import torch
+from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
@@ -39,14 +43,17 @@ class LSTrainer(Trainer):
     @functools.cached_property
     def obstacle(self) -> str | None:
         """Why this run's steps cannot be captured, or None."""
-        cfg, model = self.cfg, self.get_model()
+        cfg, model, criterion, task = self.cfg, self.get_model(), self.get_criterion(), type(self.task)
         ours = isinstance(model, LSTransformerModel)
         configs = [model.encoder.config, model.decoder.config] if ours else []
         obstacles = {
             f"the device is {self.device.type}": self.device.type not in self.whole_step_devices,
             "the model is not ls_transformer": not ours,
+            "the model has a forward of its own": ours and type(model).forward is not LSTransformerModel.forward,
             "the criterion is not ls_label_smoothed_cross_entropy":
-                not isinstance(self.get_criterion(), LSLabelSmoothedCrossEntropyCriterion),
+                getattr(type(criterion), "forward", None) is not LSLabelSmoothedCrossEntropyCriterion.forward,
+            "the task makes steps of its own": (task.train_step is not FairseqTask.train_step
+                                                or task.optimizer_step is not FairseqTask.optimizer_step),
             "the optimizer is not ls_adam": getattr(cfg.optimizer, "_name", None) != "ls_adam",
             "fp32 parameters are not kept (--memory-efficient-fp16 or -bf16)":
                 cfg.common.memory_efficient_fp16 or cfg.common.memory_efficient_bf16,
@@ -60,6 +67,7 @@ class LSTrainer(Trainer):
             "activations are recomputed (--checkpoint-activations)":
                 getattr(cfg.model, "checkpoint_activations", False),
             "the task wants the EMA model": getattr(self.task, "uses_ema", False),
+            "weights are quantized (--quantization-config-path)": cfg.common.quantization_config_path is not None,
         }
         return next((words for words, holds in obstacles.items() if holds), None)
 
@@ -87,7 +95,10 @@ class LSTrainer(Trainer):
 
     @metrics.aggregate("train")
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
-        """One update; the values it logs are those of the update before, unless fairseq is about to look at them."""
+        """One update; the values it logs are those of the update before, unless fairseq is about to look at them.
+
+        Returns None, as fairseq's does after an overflow, where there is nothing to log.
+        """
         step = self._whole_step()
         if step is None:
             return super().train_step(samples, raise_oom)
@@ -100,15 +111,24 @@ class LSTrainer(Trainer):
         launched = self._pending
         logging_output = self._finish_previous() if launched["previous"] is not None else None
         self.set_num_updates(self.get_num_updates() + 1)
-        if self.cfg.ema.store_ema:
+        if self._about_to_be_looked_at(len(samples)):
+            logging_output = self.finish_steps()
+        overflowed = self._pending is None and logging_output is None
+        if self.cfg.optimization.stop_time_hours > 0 and self.data_parallel_world_size > 1:
+            self._cumulative_training_time = self._mean_training_time()
+        if self.cfg.ema.store_ema and not overflowed:
             self.ema.step(self.get_model(), self.get_num_updates())
             metrics.log_scalar("ema_decay", self.ema.get_decay(), priority=10000, round=5, weight=0)
-        if self._about_to_be_looked_at():
-            logging_output = self.finish_steps()
         if self.cfg.common.fp16:
             metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
         metrics.log_stop_time("train_wall")
-        return logging_output if logging_output is not None else {}
+        return logging_output
+
+    def _mean_training_time(self) -> float:
+        """Seconds over all ranks, the same on each, so that all stop after the same update."""
+        seconds = torch.tensor([self._local_cumulative_training_time()], device=self.device)
+        distributed_utils.all_reduce(seconds, group=self.data_parallel_process_group)
+        return seconds.item() / self.data_parallel_world_size
 
     def _launch(self, step: WholeStep, samples: list[Any]) -> None:
         lr, scaler = self.optimizer.get_lr(), getattr(self.optimizer, "scaler", None)
@@ -156,44 +176,71 @@ class LSTrainer(Trainer):
         return self._take_note(self._step.wait())
 
     def _take_note(self, result: Result) -> Any:
-        """Loss scale, number of updates and log of an update that has ended."""
-        scaler = getattr(self.optimizer, "scaler", None)
-        if scaler is not None:
-            try:
-                scaler.check_overflow(result.norm)
-            except OverflowError as overflow:
-                logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", overflow)
-                if self._pending is not None:  # the one under way took the rates for this outcome
-                    self._pending["lr"] = self._pending["lr_if_overflow"]
-                self.set_num_updates(self.get_num_updates() - 1)
+        """Loss scale, number of updates and log of an update that has ended; None if it overflowed."""
+        try:
+            if not self._was_made(result.norm):
                 return None
-            scaler.update()
-        elif result.norm != result.norm or result.norm == float("inf"):
-            raise FloatingPointError("gradients are Nan/Inf")
+        except FloatingPointError:
+            self._pending = None
+            self.consolidate_optimizer()
+            self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
+            raise
         output = {"loss": result.loss, "nll_loss": result.nll_loss, "ntokens": int(result.ntokens),
                   "nsentences": int(result.nsentences), "sample_size": result.sample_size}
         if self.get_criterion().report_accuracy:
             output.update(n_correct=torch.tensor(result.correct), total=torch.tensor(result.total))
         return self._reduce_and_log_stats([output], result.sample_size, torch.tensor(result.norm))
 
-    def _about_to_be_looked_at(self) -> bool:
-        """Whether fairseq's loop reads something that the update under way decides."""
+    def _was_made(self, norm: float) -> bool:
+        """Whether the update whose gradient had this norm took place; FloatingPointError where training must end."""
+        scaler = getattr(self.optimizer, "scaler", None)
+        if scaler is None:
+            if not math.isfinite(norm):
+                raise FloatingPointError("gradients are Nan/Inf")
+            return True
+        try:
+            scaler.check_overflow(norm)
+        except OverflowError as overflow:
+            logger.info("NOTE: gradient overflow detected, ignoring gradient, %s", overflow)
+            if self._pending is not None:  # the one under way took the rates for this outcome
+                self._pending["lr"] = self._pending["lr_if_overflow"]
+            self.set_num_updates(self.get_num_updates() - 1)
+            return False
+        scaler.update()
+        return True
+
+    def _about_to_be_looked_at(self, batches: int) -> bool:
+        """Whether fairseq's loop, or an average of the models, reads what the update under way decides.
+
+        ``batches`` were taken for one update.
+        """
         cfg, updates = self.cfg, self.get_num_updates()
         intervals = (cfg.common.log_interval, cfg.checkpoint.save_interval_updates,
                      cfg.dataset.validate_interval_updates)
         return (any(interval > 0 and updates % interval == 0 for interval in intervals)
                 or (cfg.optimization.max_update or updates + 1) <= updates
                 or cfg.optimization.stop_time_hours > 0
-                or (self._train_iterator is not None and self._train_iterator.end_of_epoch()))
+                or (cfg.ema.store_ema and cfg.common.fp16)
+                or self._epoch_ends(batches))
+
+    def _epoch_ends(self, batches: int) -> bool:
+        """Whether no further update follows in this epoch, the next one taking at most as many batches."""
+        if self._train_iterator is None:
+            return False
+        if not self.cfg.optimization.skip_remainder_batch:
+            return self._train_iterator.end_of_epoch()
+        iterator = self._train_iterator._cur_epoch_itr
+        return iterator.total - iterator.n < batches
 
     # Where fairseq looks ----------------------------------------------------------------------------------------
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's, whose workers pack the batches of whole steps."""
+        first = self._train_iterator is None
         iterator = self._train_iterator = super().get_train_iterator(*args, **kwargs)
         if self.obstacle is None and not isinstance(iterator.collate_fn, PackingCollater):
             iterator.collate_fn = self._packer(iterator.collate_fn)
-        elif self.device.type == "cuda" and self.obstacle is not None:
+        elif first and self.obstacle is not None and self.device.type in self.whole_step_devices:
             logger.info("steps run one kernel after another, because %s", self.obstacle)
         return iterator
 
@@ -204,6 +251,10 @@ class LSTrainer(Trainer):
     def lr_step(self, epoch: int, val_loss: float | None = None) -> Any:
         self.finish_steps()
         return super().lr_step(epoch, val_loss)
+
+    def begin_valid_epoch(self, epoch: int) -> None:
+        self.finish_steps()  # while its log still goes to the training's meters
+        super().begin_valid_epoch(epoch)
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
         self.finish_steps()

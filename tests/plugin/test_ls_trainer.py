@@ -39,6 +39,8 @@ CASES = {
 class Run:
     """One training: ``logs`` of each update as the criterion reduced them, the ``trainer`` as it ended."""
 
+    recipe = RECIPE
+
     def __init__(self, data: Path, save_dir: Path, monkeypatch, device, trainer_class, *flags: str) -> None:
         from fairseq import checkpoint_utils
         from fairseq.tasks import FairseqTask
@@ -58,7 +60,7 @@ class Run:
             self.logs.append({key: float(sum(log[key] for log in logs)) for key in logs[0]})
             reduce_metrics(task, logs, criterion)
 
-        args = training_args(data, *RECIPE, *flags, "--save-dir", str(save_dir))
+        args = training_args(data, *self.recipe, *flags, "--save-dir", str(save_dir))
         args.cpu, args.distributed_world_size = device.type == "cpu", 1
         with monkeypatch.context() as patch:
             patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))
