@@ -113,6 +113,7 @@ class LSTrainer(Trainer):
         self.set_num_updates(self.get_num_updates() + 1)
         if self._about_to_be_looked_at(len(samples)):
             logging_output = self.finish_steps()
+            self._log_free_memory()
         overflowed = self._pending is None and logging_output is None
         if self.cfg.optimization.stop_time_hours > 0 and self.data_parallel_world_size > 1:
             self._cumulative_training_time = self._mean_training_time()
@@ -123,6 +124,12 @@ class LSTrainer(Trainer):
             metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
         metrics.log_stop_time("train_wall")
         return logging_output
+
+    def _log_free_memory(self) -> None:
+        """``gb_free`` of fairseq's log lines, here what neither tensors nor graphs have reserved."""
+        if self.cuda_env is not None:
+            reserved = torch.cuda.memory_reserved() / 2**30
+            metrics.log_scalar("gb_free", self.cuda_env.total_memory_in_GB - reserved, priority=1500, round=1, weight=0)
 
     def _mean_training_time(self) -> float:
         """Seconds over all ranks, the same on each, so that all stop after the same update."""

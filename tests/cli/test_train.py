@@ -26,8 +26,13 @@ TWO_RANKS_ON_THE_CPU = """
 import torch
 torch.cuda.device_count = lambda: 2
 from lightseq_fairseq.cli.train import main
+{}
 if __name__ == "__main__":
     main()
+"""
+WHOLE_STEPS = """
+from lightseq_fairseq.plugin.ls_trainer import LSTrainer
+LSTrainer.whole_step_devices = ("cpu",)
 """
 USER_PACKAGE = """
 from fairseq.models import ARCH_CONFIG_REGISTRY, register_model, register_model_architecture
@@ -93,7 +98,7 @@ def test_train_logs_as_fairseq_does(trained):
 def test_two_ranks_train_and_resume(trained, data_bin, user_dir, tmp_path):
     """Two spawned processes see the two batches that one takes with --update-freq 2, and both user packages."""
     script = tmp_path / "two_ranks.py"
-    script.write_text(TWO_RANKS_ON_THE_CPU)
+    script.write_text(TWO_RANKS_ON_THE_CPU.format(""))
     folder = tmp_path / "checkpoints"
     flags = [*RECIPE, "--user-dir", user_dir, "--arch", "users_ls_transformer", "--save-dir", folder,
              "--disable-validation", "--distributed-world-size", 2, "--distributed-backend", "gloo",
@@ -105,6 +110,30 @@ def test_two_ranks_train_and_resume(trained, data_bin, user_dir, tmp_path):
     assert got["optimizer_history"][-1]["num_updates"] == 6
     for name, value in want["model"].items():
         torch.testing.assert_close(got["model"][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [["--stop-time-hours", "10"], ["--bf16", "--clip-norm", "0.5"]], ids=" ".join)
+def test_two_ranks_of_whole_steps_train_as_one_that_takes_batches_two_by_two(flags, data_bin, tmp_path):
+    """Past the end of an epoch, where the last batch leaves one rank without."""
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS_ON_THE_CPU.format(WHOLE_STEPS))
+    flags = [data_bin, *RECIPE, "--arch", "ls_transformer", "--disable-validation", "--max-tokens", 270,
+             "--max-epoch", 2, *flags]
+    ranks = ["--distributed-world-size", 2, "--distributed-backend", "gloo"]
+    one, two = (command([str(script)], *flags, "--save-dir", tmp_path / name, *more)
+                for name, more in (("one", ["--update-freq", 2, "--distributed-world-size", 1]), ("two", ranks)))
+    assert "training on 2 devices" in two
+    want, got = (logged(output, "train_inner") for output in (one, two))
+    assert len(got) == len(want) > 10
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine["wpb"] == theirs["wpb"] and mine["bsz"] == theirs["bsz"]
+        assert float(mine["loss"]) == pytest.approx(float(theirs["loss"]), rel=5e-3)
+    batches = [float(line["bsz"]) for line in want]
+    assert min(batches) < 0.8 * max(batches), "an epoch must end with a single batch"
+    one, two = (torch.load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
+    atol = 2e-2 if "--bf16" in flags else 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=2e-2, atol=atol)
 
 
 def test_a_users_own_user_dir_works_beside_ours(data_bin, user_dir, tmp_path):
