@@ -5,23 +5,30 @@
 
 DATA_BIN is a fairseq-preprocess folder with a joined dictionary. Steady state: both have seen every batch shape before
 the clock starts. Results go to scripts/results/train.json and train.png: milliseconds an update, target words a
-second, peak GPU memory, and the ratio to stock fairseq.
+second, peak GPU memory, and the ratio to stock fairseq. With --profile the milliseconds by class of kernel instead,
+and those in which none runs: scripts/results/train_profile.json and train_profile.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import importlib.util
 import json
 import logging
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import step_profile  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
@@ -89,11 +96,15 @@ def measure(contender: str, case: str, args: argparse.Namespace) -> dict[str, An
     seconds = statistics.median(run_steps(trainer, batches) for _ in range(args.repeats))
     if contender == "lightseq" and torch.cuda.is_available() and trainer.obstacle:
         raise SystemExit(f"{case}: steps were not taken as graphs ({trainer.obstacle})")
-    words = sum(int(batch["ntokens"]) for batch in batches)
-    row = {"case": f"{case}-{args.dtype}", "contender": contender, "ms": round(seconds / len(batches) * 1e3, 3),
-           "target_tokens": words // len(batches), "wps": round(words / seconds)}
-    if torch.cuda.is_available():
-        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    ms, row = seconds / len(batches) * 1e3, {"case": f"{case}-{args.dtype}", "contender": contender}
+    if args.profile:
+        kernels = step_profile.record(functools.partial(run_steps, trainer, batches))
+        row |= step_profile.profile_row(kernels, len(batches), ms)
+    else:
+        words = sum(int(batch["ntokens"]) for batch in batches)
+        row |= {"ms": round(ms, 3), "target_tokens": words // len(batches), "wps": round(words / seconds)}
+        if torch.cuda.is_available():
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     del trainer
     gc.collect()
     torch.cuda.empty_cache()
@@ -105,6 +116,14 @@ def machine() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({platform.processor()})"
     return {"gpu": gpu, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is there; a line says so if it is not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        print("no plot: matplotlib is not installed")
+    return found
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -134,8 +153,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="batches, the same for both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes (on a GPU)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.profile and not torch.cuda.is_available():
+        parser.error("--profile reads the kernels of a GPU, and there is none")
     logging.disable(logging.INFO)
     rows = []
     for case in args.cases.split(","):
@@ -144,15 +166,23 @@ def main() -> None:
             row = pair[contender] = measure(contender, case, args)
             rows.append(row)
             print(json.dumps(row), flush=True)
-        if len(pair) == len(CONTENDERS):
+        if len(pair) == len(CONTENDERS) and not args.profile:
             ratio = pair["fairseq"]["ms"] / pair["lightseq"]["ms"]
             pair["lightseq"]["ratio"] = round(ratio, 2)
             print(f"{case}: {ratio:.2f} times as fast as stock fairseq", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = machine()
-    (args.out / "train.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    if all("ratio" in row for row in rows if row["contender"] == "lightseq"):
-        plot(rows, args.out / "train.png", f"{about['gpu']}, torch {about['torch']}, {args.dtype}")
+    title = f"{about['gpu']}, torch {about['torch']}, {args.dtype}"
+    stem = "train_profile" if args.profile else "train"
+    (args.out / f"{stem}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if args.profile:
+        print(step_profile.table(rows))
+    if not can_plot():
+        return
+    if args.profile:
+        step_profile.plot(rows, args.out / "train_profile.png", title)
+    elif all("ratio" in row for row in rows if row["contender"] == "lightseq"):
+        plot(rows, args.out / "train.png", title)
 
 
 if __name__ == "__main__":

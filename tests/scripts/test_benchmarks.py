@@ -1,0 +1,117 @@
+"""The benchmarks run, on the CPU at sizes that take a moment, and what they make of measurements is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark_ops  # noqa: E402
+import step_profile  # noqa: E402
+from step_profile import Kernel  # noqa: E402
+
+PLOTS = importlib.util.find_spec("matplotlib") is not None
+
+
+def benchmark(script: str, *arguments: object) -> str:
+    result = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
+                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_every_operator_and_layer_is_timed(tmp_path):
+    benchmark("benchmark_ops.py", "--device", "cpu", "--contenders", "lightseq,eager", "--replays", 3,
+              "--out", tmp_path)
+    report = json.loads((tmp_path / "ops.json").read_text())
+    assert report["ceiling"]["gb_per_s"] > 0 and report["ceiling"]["tflop_per_s"] > 0 and report["commit"]
+    rows = {(row["case"], row["pass"], row["contender"]): row for row in report["rows"]}
+    assert not [row for row in rows.values() if "failed" in row]
+    cases = {case for case, _, _ in rows}
+    assert len(cases) == 12 and {(case, "step", "lightseq") for case in cases} <= rows.keys()
+    for row in rows.values():
+        assert 0 < row["us_20"] <= row["us"] <= row["us_80"] and row["bound_us"] > 0, row
+    assert (tmp_path / "ops.png").exists() == PLOTS
+
+
+def test_a_contender_that_fails_leaves_its_reason(monkeypatch):
+    clock = benchmark_ops.Clock(benchmark_ops.torch.device("cpu"), replays=2)
+    ours = benchmark_ops.Contender(lambda: None)
+
+    def broken():
+        raise RuntimeError("does not compile\nat all")
+
+    case = benchmark_ops.Case("adam", ours, benchmark_ops.Contender(broken), (1.0, 0.0))
+    good, bad = benchmark_ops.rows_of(case, "tiny", ("lightseq", "eager"), clock, {"gb_per_s": 1.0, "tflop_per_s": 1.0})
+    assert good["us"] > 0 and good["bound_us"] == 1e6 and bad["failed"] == "RuntimeError: does not compile"
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("void lightseq::attention::forward_tiles<__half, 64, 1, false>(...)", "attention"),
+    ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, cutlass::half_t> >(...)", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x64x64_4x1x1", "attention"),
+    ("void softmax_warp_forward<c10::Half, c10::Half, float, 6, false, false>(...)", "attention"),
+    ("nvjet_hsh_128x192_64x5_1x2_h_bz_coopA_NTN", "GEMM"),
+    ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x64_warpgroupsize1x1x1_execute_segment_k_off", "GEMM"),
+    ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_f16_s161616gemm_f16_16x16_64x2_tn_align8>(...)", "GEMM"),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __half>(...)", "GEMM"),
+    ("void lightseq::bias_dropout_residual_layer_norm::forward_warps<__half>(...)", "norm"),
+    ("void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<c10::Half, float>(...)", "norm"),
+    ("void lightseq::cross_entropy::backward_rows<__half>(...)", "loss"),
+    ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::Half, float, float, "
+     "at::native::(anonymous namespace)::LogSoftMaxForwardEpilogue>(...)", "loss"),
+    ("void at::native::_scatter_gather_elementwise_kernel<128, 8, at::native::_cuda_scatter_gather(...)", "loss"),
+    ("void lightseq::flat_adam::update<__half>(...)", "optimizer"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>",
+     "optimizer"),
+    ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>", "optimizer"),
+    ("void lightseq::embedding::add_runs<__half>(...)", "embedding"),
+    ("void at::native::(anonymous namespace)::indexSelectSmallIndex<c10::Half, long, unsigned int>(...)", "embedding"),
+    ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ("void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(...)>", "copies"),
+    ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::OpaqueType<2u>>(...)", "copies"),
+    ("ncclDevKernel_AllReduce_Sum_f16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+    ("void lightseq::bias_activation_dropout::forward<__half>(...)", "bias, activation, dropout, residual"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>",
+     "bias, activation, dropout, residual"),
+    ("something_new", "other"),
+])
+def test_kernels_are_classed_by_name(name, kind):
+    assert step_profile.kernel_class(name) == kind
+
+
+def test_every_kernel_of_ours_has_a_class():
+    names = {match for header in (ROOT / "csrc" / "kernels").glob("*.cuh")
+             for match in re.findall(r"^namespace (\w+) \{", header.read_text(), re.MULTILINE)} - {"lightseq"}
+    assert len(names) >= 8
+    assert not [name for name in names if step_profile.kernel_class(f"void lightseq::{name}::run<__half>") == "other"]
+
+
+def test_gaps_are_what_no_kernel_fills():
+    kernels = [Kernel("nvjet_gemm", 0, 400), Kernel("lightseq::column_sum::walk", 300, 600),  # on two streams
+               Kernel("nvjet_gemm", 1000, 1400), Kernel("lightseq::flat_adam::update", 1400, 2000)]
+    row = step_profile.profile_row(kernels, steps=2, ms=1.5)
+    assert row == {"ms": 1.5, "kernels": 2.0, "classes": {
+        "GEMM": 0.4, "optimizer": 0.3, "bias, activation, dropout, residual": 0.15, step_profile.GAPS: 0.7}}
+    lines = step_profile.table([{"case": "base-512", "contender": "lightseq", **row}]).splitlines()
+    assert lines[0] == "| ms a step | base-512 lightseq |" and "| GEMM | 0.400 |" in lines
+    assert lines[-2:] == ["| step | 1.500 |", "| kernels | 2 |"]
+
+
+def test_training_benchmark_measures_both(joined_data_bin, tmp_path):
+    out = benchmark("benchmark_train.py", joined_data_bin, "--cases", "base-60", "--dtype", "fp32", "--steps", 1,
+                    "--repeats", 1, "--out", tmp_path)
+    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["fairseq", "lightseq"] and all(row["ms"] > 0 for row in rows)
+    assert rows[0]["target_tokens"] == rows[1]["target_tokens"] and "times as fast" in out
+    refused = subprocess.run([sys.executable, str(ROOT / "scripts" / "benchmark_train.py"), "data", "--profile"],
+                             capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert refused.returncode == 2 and "--profile reads the kernels of a GPU" in refused.stderr
