@@ -93,10 +93,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// Block (kAcross, kFinishDown), a column a threadIdx.x, the sum a blockIdx.y: partial (chunks, K, C) -> K x (C,).
+// Block (kAcross, kFinishDown), a column a threadIdx.x, the sum a blockIdx.y: partial (chunks, K, C) -> K x (C,), which
+// are written or, with `add`, added to.
 template <typename P, int K>
 __global__ void __launch_bounds__(kAcross* kFinishDown)
-    finish(const __grid_constant__ Sums<P, K> out, const float* partial, const int chunks, const int columns) {
+    finish(const __grid_constant__ Sums<P, K> out, const float* partial, const int chunks, const int columns,
+           const bool add) {
   constexpr int kAhead = 8;  // requested at once: usually all that a thread adds up
   __shared__ float tile[kFinishDown][kAcross];
   const int column = blockIdx.x * kAcross + threadIdx.x;
@@ -117,12 +119,33 @@ __global__ void __launch_bounds__(kAcross* kFinishDown)
   tile[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0 && column < columns) {
-    float total = 0.f;
+    float total = add ? to_float(out.sum[blockIdx.y][column]) : 0.f;
 #pragma unroll
     for (int row = 0; row < kFinishDown; ++row) total += tile[row][threadIdx.x];
     out.sum[blockIdx.y][column] = from_float<P>(total);
   }
 }
+
+// x (N, C), of which nothing but the sum is wanted
+template <typename T, int VEC>
+struct Rows {
+  static constexpr int kSums = 1;
+  struct Column {};
+  using Input = Packed<T, VEC>;
+
+  const T* x;
+
+  __device__ __forceinline__ Column prepare(int) const { return {}; }
+
+  __device__ __forceinline__ Input read(long, long offset) const { return request<VEC>(x + offset); }
+
+  __device__ __forceinline__ void write(const Input& input, const Column&, long, float (&sums)[1][VEC]) const {
+    float lane[VEC];
+    input.widen(lane);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sums[0][i] += lane[i];
+  }
+};
 
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
@@ -146,9 +169,16 @@ void run(const char* name, bool octets, PassOf&& pass_of, float* partial, int ch
 }
 
 template <typename P, int K>
-void add_up(const Sums<P, K>& out, const float* partial, int chunks, int columns, cudaStream_t stream) {
+void add_up(const Sums<P, K>& out, const float* partial, int chunks, int columns, bool add, cudaStream_t stream) {
   launch_early("column_sum::finish", finish<P, K>, dim3(ceil_div(columns, kAcross), K), dim3(kAcross, kFinishDown),
-               stream, out, partial, chunks, columns);
+               stream, out, partial, chunks, columns, add);
+}
+
+// x (N, C) -> partial (chunks, 1, C)
+template <typename T>
+void rows(const T* x, float* partial, int chunks, long rows, int columns, cudaStream_t stream) {
+  run("column_sum::rows", in_octets(columns, {x}), [&](auto vec) { return Rows<T, decltype(vec)::value>{x}; }, partial,
+      chunks, rows, columns, stream);
 }
 
 }  // namespace column_sum

@@ -35,7 +35,7 @@ std::array<Tensor, K> add_up(const char* op, const Tensor& partial, const Tensor
     using P = decltype(type);
     column_sum::Sums<P, K> sums;
     for (int k = 0; k < K; ++k) sums.sum[k] = data<P>(out[k]);
-    column_sum::add_up<P, K>(sums, data<float>(partial), partial.size(0), partial.size(2), stream);
+    column_sum::add_up<P, K>(sums, data<float>(partial), partial.size(0), partial.size(2), false, stream);
   });
   return out;
 }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq import ops
+from lightseq_fairseq.layers.linear import forked_linear, joint_projection, linear
 from lightseq_fairseq.layers.packing import Packing
 
 
@@ -36,22 +34,23 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, packing: Packing, causal: bool = False, seed: Tensor | None = None) -> Tensor:
-        """Self-attention, (N, C) -> (N, C): one GEMM for q, k and v."""
-        qkv = joint_projection(x, (self.q_proj, self.k_proj, self.v_proj), self.num_heads)
-        return self._out(ops.self_attention(qkv, packing.cu_seqlens, packing.width, causal, self._p, seed=seed))
+    def forward(self, x: Tensor, packing: Packing, causal: bool = False,
+                seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Self-attention, (N, C) -> (N, C), by one GEMM for q, k and v; and ``x`` for a residual around it."""
+        qkv, x = joint_projection(x, (self.q_proj, self.k_proj, self.v_proj), self.num_heads)
+        return self._out(ops.self_attention(qkv, packing.cu_seqlens, packing.width, causal, self._p, seed=seed)), x
 
     def over(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing, causal: bool = False,
-             seed: Tensor | None = None) -> Tensor:
-        """(N, C) queries over projected ``keys_values`` (M, 2, H, D) -> (N, C)."""
-        context = ops.cross_attention(self._heads(self.q_proj(x)), keys_values, packing.cu_seqlens,
-                                      keys_packing.cu_seqlens, packing.width, keys_packing.width, causal, self._p,
-                                      seed=seed)
-        return self._out(context)
+             seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, C) queries over projected ``keys_values`` (M, 2, H, D) -> (N, C); and ``x`` for a residual around it."""
+        q, x = forked_linear(x, self.q_proj.weight, self.q_proj.bias)
+        context = ops.cross_attention(self._heads(q), keys_values, packing.cu_seqlens, keys_packing.cu_seqlens,
+                                      packing.width, keys_packing.width, causal, self._p, seed=seed)
+        return self._out(context), x
 
     def project_keys_values(self, source: Tensor) -> Tensor:
         """(M, K) -> (M, 2, H, D)."""
-        return joint_projection(source, (self.k_proj, self.v_proj), self.num_heads)
+        return joint_projection(source, (self.k_proj, self.v_proj), self.num_heads)[0]
 
     def weights(self, x: Tensor, packing: Packing, keys_values: Tensor, keys_packing: Packing) -> Tensor:
         """The attention probabilities that :meth:`over` uses, (B, H, Tq, Tk) in fp32, without dropout."""
@@ -64,15 +63,9 @@ class MultiheadAttention(nn.Module):
 
     def _out(self, context: Tensor) -> Tensor:
         """(N, H, D) -> (N, C), the bias still to be added."""
-        return F.linear(context.flatten(1), self.out_proj.weight)
+        return linear(context.flatten(1), self.out_proj.weight)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, H, D)."""
         return x.view(-1, self.num_heads, self.head_dim)
 
-
-def joint_projection(x: Tensor, projections: Sequence[nn.Linear], heads: int) -> Tensor:
-    """Several projections of ``x`` (N, K) to C each, as one GEMM -> (N, len(projections), H, D)."""
-    weight = torch.cat([projection.weight for projection in projections])
-    bias = torch.cat([projection.bias for projection in projections])
-    return F.linear(x, weight, bias).view(x.size(0), len(projections), heads, -1)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightseq_fairseq.config import TransformerConfig
-from lightseq_fairseq.layers.attention import MultiheadAttention, joint_projection
+from lightseq_fairseq.layers.attention import MultiheadAttention
 from lightseq_fairseq.layers.embedding import EmbeddingStack, PositionalEmbedding
 from lightseq_fairseq.layers.encoder import WrapLayer, drop_layers
+from lightseq_fairseq.layers.linear import joint_projection
 from lightseq_fairseq.layers.packing import Packing
 from lightseq_fairseq.layers.residual import LayerNorm, ResidualBlock, Seeds
 
@@ -49,7 +50,8 @@ class TransformerDecoderLayer(ResidualBlock):
         cross = self.encoder_attn if source is not None else None
         cross_norm = self.encoder_attn_layer_norm if cross is not None else None
         y = self.enter(x, self.self_attn_layer_norm)
-        y = self._attend_self(y, packing, source, source_packing, causal, seed[0])
+        y, forked = self._attend_self(y, packing, source, source_packing, causal, seed[0])
+        x = self.residual(x, forked)
         x, y = self.join(y, self.self_attn.out_proj, x, self.self_attn_layer_norm,
                          cross_norm or self.final_layer_norm, seed[1])
         weights = None
@@ -58,12 +60,13 @@ class TransformerDecoderLayer(ResidualBlock):
             kv = cross.project_keys_values(source) if keys_values is None else keys_values
             if need_weights:
                 weights = cross.weights(y, packing, kv, source_packing)
-            y = cross.over(y, packing, kv, source_packing, seed=seed[2])
+            y, forked = cross.over(y, packing, kv, source_packing, seed=seed[2])
+            x = self.residual(x, forked)
             x, y = self.join(y, cross.out_proj, x, cross_norm, self.final_layer_norm, seed[3])
         return self.feed_forward(y, x, None if seeds is None else seeds[4:]), weights
 
     def _attend_self(self, x: Tensor, packing: Packing, source: Tensor | None, source_packing: Packing | None,
-                     causal: bool, seed: Tensor | None) -> Tensor:
+                     causal: bool, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.cross_self_attention or source is None:
             return self.self_attn(x, packing, causal, seed)
         assert source_packing is not None
@@ -127,7 +130,7 @@ class TransformerDecoder(EmbeddingStack):
         if source is None or len(attentions) < len(layers) or not all(attentions) or self._any_checkpointed(layers):
             return [None] * len(layers)
         projections = [p for a in attentions if a is not None for p in (a.k_proj, a.v_proj)]
-        joint = joint_projection(source, projections, self.config.decoder_attention_heads)
+        joint, _ = joint_projection(source, projections, self.config.decoder_attention_heads)
         return list(joint.split(2, dim=1))
 
     @staticmethod

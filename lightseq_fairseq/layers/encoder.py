@@ -34,7 +34,8 @@ class TransformerEncoderLayer(ResidualBlock):
         """(N, C) -> (N, C); ``seeds`` (SEEDS, 1) of the dropouts, None outside training."""
         attention_seed, joint_seed = (None, None) if seeds is None else seeds[:2]
         y = self.enter(x, self.self_attn_layer_norm)
-        y = self.self_attn(y, packing, seed=attention_seed)
+        y, forked = self.self_attn(y, packing, seed=attention_seed)
+        x = self.residual(x, forked)
         x, y = self.join(y, self.self_attn.out_proj, x, self.self_attn_layer_norm, self.final_layer_norm, joint_seed)
         return self.feed_forward(y, x, None if seeds is None else seeds[2:])
 

@@ -110,6 +110,10 @@ class IncrementalDecoder:
             x = layer.step(x, state, index)
         return self.decoder.finish(x)
 
+    def next_logits(self, state: IncrementalState, tokens: Tensor, need_attention: bool = False) -> Tensor:
+        """As :meth:`step`, with what may follow: (B * K', V)."""
+        return self.logits(self.step(state, tokens, need_attention))
+
     def logits(self, features: Tensor) -> Tensor:
         """(R, output_dim) -> (R, V)."""
         return self.output(features)

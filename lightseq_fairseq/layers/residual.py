@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightseq_fairseq import ops
+from lightseq_fairseq.layers.linear import forked_linear, linear
 
 
 class Seeds:
@@ -68,6 +68,11 @@ class ResidualBlock(nn.Module):
         """The first sublayer's input, whose norm is ``norm``."""
         return norm(x) if self.normalize_before else x
 
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """What is added to a sublayer's output: the stream ``x`` or, in a post-LN layer, the sublayer's input ``y``,
+        the same numbers as the sublayer's first linear map hands them on (see :func:`forked_linear`)."""
+        return x if self.normalize_before else y
+
     def join(self, y: Tensor, linear: nn.Linear, residual: Tensor, norm: LayerNorm, next_norm: LayerNorm | None,
              seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Close a sublayer with norm ``norm`` that ended in ``y`` = ``linear`` without its bias, (N, C).
@@ -88,5 +93,7 @@ class ResidualBlock(nn.Module):
         """The last sublayer, input and residual stream (N, C) -> (N, C); ``seeds`` (2, 1)."""
         p = self.activation_dropout if self.training else 0.0
         first, second = (None, None) if seeds is None else seeds
-        h = ops.bias_activation_dropout(F.linear(y, self.fc1.weight), self.fc1.bias, self.activation, p, first)
-        return self.join(F.linear(h, self.fc2.weight), self.fc2, residual, self.final_layer_norm, None, second)[0]
+        h, y = forked_linear(y, self.fc1.weight)
+        h = ops.bias_activation_dropout(h, self.fc1.bias, self.activation, p, first)
+        return self.join(linear(h, self.fc2.weight), self.fc2, self.residual(residual, y), self.final_layer_norm, None,
+                         second)[0]

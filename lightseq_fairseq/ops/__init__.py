@@ -5,9 +5,11 @@ from lightseq_fairseq.ops.attention import attention, attention_weights, cross_a
 from lightseq_fairseq.ops.bias_activation_dropout import bias_activation_dropout
 from lightseq_fairseq.ops.bias_dropout_residual import bias_dropout_residual
 from lightseq_fairseq.ops.bias_dropout_residual_layer_norm import bias_dropout_residual_layer_norm
+from lightseq_fairseq.ops.column_sum import column_sum_
 from lightseq_fairseq.ops.embedding import embedding
 from lightseq_fairseq.ops.layer_norm import layer_norm
 from lightseq_fairseq.ops.linear import InferenceLinear
 
 __all__ = ["InferenceLinear", "attention", "attention_weights", "bias_activation_dropout", "bias_dropout_residual",
-           "bias_dropout_residual_layer_norm", "cross_attention", "embedding", "layer_norm", "self_attention"]
+           "bias_dropout_residual_layer_norm", "column_sum_", "cross_attention", "embedding", "layer_norm",
+           "self_attention"]

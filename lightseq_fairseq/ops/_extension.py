@@ -1,4 +1,4 @@
-"""Loads the compiled CUDA operators: those the install built, else compiled on first use, else none.
+"""Loads the compiled operators: those the install built, else compiled on first use, else none.
 
 Which path serves is said once. The reference would answer CUDA tensors too, slowly and silently; that is why
 :func:`loaded` exists, and why the tests on a GPU insist on it.
@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,39 @@ def loaded() -> bool:
         return False
     logger.info("CUDA operators of lightseq_fairseq loaded from %s", library or "the compilation cache")
     return True
+
+
+@functools.cache
+def cpu_loaded() -> bool:
+    """Load the CPU operators of decoding; False where they can't be had, after one warning that says why."""
+    library, sources = _build.built_library(_build.CPU_NAME), _build.cpu_sources()
+    try:
+        if library is not None and not _older(library, sources):
+            torch.ops.load_library(os.fspath(library))
+        else:
+            _compile_cpu(sources)
+    except Exception as error:  # plain PyTorch gives the same results
+        logger.warning("CPU operators of lightseq_fairseq are not in use (%s); plain PyTorch does their work, more "
+                       "slowly", str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        return False
+    return True
+
+
+def _older(library: Path, sources: list[str]) -> bool:
+    """Whether a checkout's sources have changed since its library was built."""
+    folders = {Path(source).parent for source in sources}
+    changed = [path.stat().st_mtime for folder in folders for path in folder.iterdir()]
+    return library.stat().st_mtime < max(changed, default=0.0)
+
+
+def _compile_cpu(sources: list[str]) -> None:
+    from torch.utils import cpp_extension
+
+    if not sources:
+        raise RuntimeError("neither built nor here to be built: install from a checkout, with a C++ compiler")
+    logger.warning("compiling the CPU operators of lightseq_fairseq (seconds, once)")
+    cpp_extension.load(name=f"lightseq{_build.CPU_NAME}", sources=sources, is_python_module=False,
+                       extra_cflags=_build.CPU_COMPILE_FLAGS)
 
 
 def _compile() -> None:

@@ -153,11 +153,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     parts, cu_seqlens_q, cu_seqlens_k, *ctx.constants, seed = inputs
     ctx.save_for_backward(cu_seqlens_q, cu_seqlens_k, seed, *output, *parts)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
-def _differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
     cu_seqlens_q, cu_seqlens_k, seed, out, lse, *parts = ctx.saved_tensors
-    grads = _attention_backward(dout.contiguous(), parts, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.constants, seed)
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    grads = _attention_backward(dout, parts, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.constants, seed)
     return grads, None, None, None, None, None, None, None, None
 
 

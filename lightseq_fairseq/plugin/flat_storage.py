@@ -6,54 +6,57 @@ of the buffers, so that checkpoints, EMA and validation work on them unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightseq_fairseq.ops.flat_adam import segment_table
 from lightseq_fairseq.optim import FusedAdam
 
 _ALIGNMENT = 8
-"""Elements that each parameter's place is a multiple of, where the layout is ours to choose: 16 bytes of 16-bit."""
+"""Elements that the place of a parameter is a multiple of: 16 bytes of 16-bit numbers."""
 
 
 class FlatStorage:
-    """Buffers of P elements behind fairseq's optimizer, which is ls_adam, alone or inside FP16Optimizer."""
+    """Buffers behind fairseq's optimizer, which is ls_adam, alone or inside FP16Optimizer.
 
-    def __init__(self, optimizer: Any) -> None:
+    ``param`` and ``grad`` (Q,) lie in an order of our own, where the members of each of the ``neighbours`` follow one
+    another; ``master``, ``exp_avg`` and ``exp_avg_sq`` (P,) likewise, except where FP16Optimizer has made one flat
+    master: its order decides what a checkpoint holds. ``segments`` says which elements belong together.
+    """
+
+    def __init__(self, optimizer: Any, neighbours: Sequence[Sequence[Tensor]] = ()) -> None:
         inner: FusedAdam = optimizer.optimizer
         wrapped = hasattr(optimizer, "fp32_params")
         params = [p for p in (optimizer.fp16_params if wrapped else optimizer.params) if p.requires_grad]
         self.params: list[Tensor] = params
         self.optimizer = inner
         self.group = inner.param_groups[0]
+        places, size = _places(params, neighbours)
         if wrapped and optimizer.has_flat_params:
             (flat,) = optimizer.fp32_params.values()
-            self.masters = [flat]
-            self.offsets = _offsets(params, 1)
-            self.master = flat.data
+            self.masters, self.master = [flat], flat.data
+            in_master = [0, *torch.tensor([p.numel() for p in params]).cumsum(0).tolist()]
+            ranges = [(m, p, param.numel()) for m, p, param in zip(in_master, places, params, strict=False)]
         else:
             self.masters = list(optimizer.fp32_params) if wrapped else params
-            self.offsets = _offsets(params, _ALIGNMENT)
-            self.master = params[0].new_zeros(self.offsets[-1], dtype=torch.float32)
-            self._move(self.masters, self.master)
-        size, dtype, device = self.master.numel(), params[0].dtype, self.master.device
+            self.master = params[0].new_zeros(size, dtype=torch.float32)
+            in_master, ranges = places, [(0, 0, size)]
+            _move(self.masters, self.master, places)
         self.param = self.master
-        self.scattered: list[Tensor] = []
-        """Views of ``param`` to copy to parameters that could not become views themselves."""
         if wrapped:
-            self.param = torch.zeros(size, dtype=dtype, device=device)
-            if all(offset % _ALIGNMENT == 0 for offset in self.offsets[:-1]):
-                self._move(params, self.param)
-            else:
-                self.scattered = self._views(params, self.param)
-        self.grad = torch.zeros(size, dtype=dtype, device=device)
-        self.grads = self._views(params, self.grad)
-        self.exp_avg, self.exp_avg_sq = (self._adopt(name) for name in ("exp_avg", "exp_avg_sq"))
+            self.param = self.master.new_zeros(size, dtype=params[0].dtype)
+            _move(params, self.param, places)
+        self.grad = torch.zeros_like(self.param)
+        self.grads = _views(params, self.grad, places)
+        self.segments = segment_table(ranges).to(self.master.device)
+        self.exp_avg, self.exp_avg_sq = (self._adopt(name, in_master) for name in ("exp_avg", "exp_avg_sq"))
         steps = {int(state["step"]) for state in (inner.state[m] for m in self.masters)}
         if len(steps) != 1:
             raise ValueError(f"parameters have been updated unequally often ({sorted(steps)} times)")
-        self.steps = torch.tensor(steps.pop(), device=device)
+        self.steps = torch.tensor(steps.pop(), device=self.master.device)
 
     def write_back(self) -> None:
         """Let the optimizer's state say how many steps were made; everything else it has already."""
@@ -61,21 +64,10 @@ class FlatStorage:
         for master in self.masters:
             self.optimizer.state[master]["step"] = steps
 
-    def _views(self, shaped: list[Tensor], flat: Tensor) -> list[Tensor]:
-        return [flat[offset:offset + p.numel()].view(p.shape)
-                for offset, p in zip(self.offsets, shaped, strict=False)]
-
-    def _move(self, tensors: list[Tensor], flat: Tensor) -> None:
-        """Make every tensor a view of ``flat``, with the values it has."""
-        for tensor, view in zip(tensors, self._views(tensors, flat), strict=True):
-            view.copy_(tensor.data)
-            tensor.data = view
-
-    def _adopt(self, name: str) -> Tensor:
+    def _adopt(self, name: str, places: list[int]) -> Tensor:
         """The moments of this name in one buffer, those that the optimizer has among them."""
         flat = torch.zeros_like(self.master)
-        for master, offset in zip(self.masters, self.offsets, strict=False):
-            view = flat[offset:offset + master.numel()].view(master.shape)
+        for master, view in zip(self.masters, _views(self.masters, flat, places), strict=True):
             state = self.optimizer.state[master]
             state.setdefault("step", 0)
             if name in state:
@@ -84,9 +76,26 @@ class FlatStorage:
         return flat
 
 
-def _offsets(params: list[Tensor], alignment: int) -> list[int]:
-    """Where each parameter begins, and behind the last one the size of all."""
-    offsets = [0]
+def _places(params: list[Tensor], neighbours: Sequence[Sequence[Tensor]]) -> tuple[list[int], int]:
+    """Where each parameter begins, neighbours behind one another, and the size of all."""
+    group_of = {id(param): group for group in neighbours for param in group}
+    number = {id(param): i for i, param in enumerate(params)}
+    places, end = [-1] * len(params), 0
     for param in params:
-        offsets.append(-(-(offsets[-1] + param.numel()) // alignment) * alignment)
-    return offsets
+        for member in group_of.get(id(param), (param,)):
+            i = number.get(id(member))
+            if i is not None and places[i] < 0:
+                places[i] = end
+                end = -(-(end + member.numel()) // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _views(shaped: list[Tensor], flat: Tensor, places: list[int]) -> list[Tensor]:
+    return [flat[place:place + p.numel()].view(p.shape) for place, p in zip(places, shaped, strict=False)]
+
+
+def _move(tensors: list[Tensor], flat: Tensor, places: list[int]) -> None:
+    """Make every tensor a view of ``flat``, with the values it has."""
+    for tensor, view in zip(tensors, _views(tensors, flat, places), strict=True):
+        view.copy_(tensor.data)
+        tensor.data = view

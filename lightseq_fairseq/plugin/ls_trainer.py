@@ -89,7 +89,8 @@ class LSTrainer(Trainer):
             report_accuracy=criterion.report_accuracy, beta1=group["betas"][0], beta2=group["betas"][1],
             eps=group["eps"], weight_decay=group["weight_decay"],
             group=self.data_parallel_process_group if world > 1 else None, world_size=world)
-        return WholeStep(self.get_model(), FlatStorage(self.optimizer), config)
+        model = self.get_model()
+        return WholeStep(model, FlatStorage(self.optimizer, model.neighbouring_parameters()), config)
 
     # Steps ------------------------------------------------------------------------------------------------------
 

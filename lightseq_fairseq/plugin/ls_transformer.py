@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers import Packing, TransformerDecoder, TransformerEncoder
 from lightseq_fairseq.layers.incremental import IncrementalDecoder, IncrementalState
+from lightseq_fairseq.layers.linear import linear
 
 _REFUSED = {
     "adaptive_input": "use an ordinary embedding",
@@ -242,7 +243,10 @@ class LSTransformerDecoder(_UpgradesCheckpoints, TransformerDecoder, FairseqIncr
 
     def output_layer(self, features: Tensor, **kwargs: Any) -> Tensor:
         """(..., output_dim) -> (..., V)."""
-        return self.output_projection(features)
+        projection = self.output_projection
+        if features.dim() == 2:
+            return linear(features, projection.weight, projection.bias)
+        return projection(features)
 
     def max_positions(self) -> int:
         limit = self.config.max_target_positions
@@ -307,6 +311,14 @@ class LSTransformerModel(TransformerModel):
         packing = Packing.of(prev_output_tokens, self.decoder.padding_idx)
         return self.forward_packed(source_packing.pack(src_tokens), source_packing,
                                    packing.pack(prev_output_tokens), packing, features_only)
+
+    def neighbouring_parameters(self) -> list[list[Tensor]]:
+        """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
+        groups = [[a.q_proj, a.k_proj, a.v_proj]
+                  for layer in (*self.encoder.layers, *self.decoder.layers) for a in (layer.self_attn,)]
+        cross = [layer.encoder_attn for layer in self.decoder.layers if layer.encoder_attn is not None]
+        groups.append([projection for a in cross for projection in (a.k_proj, a.v_proj)])
+        return [[getattr(projection, part) for projection in group] for group in groups for part in ("weight", "bias")]
 
     def forward_packed(self, source_tokens: Tensor, source_packing: Packing, previous_tokens: Tensor,
                        packing: Packing, features_only: bool = False) -> Tensor:

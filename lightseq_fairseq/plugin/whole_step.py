@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightseq_fairseq.layers.linear import WeightGradients
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
 from lightseq_fairseq.ops.flat_adam import flat_adam_
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
@@ -69,7 +70,10 @@ class WholeStep:
     def __init__(self, model: Any, storage: FlatStorage, config: StepConfig) -> None:
         self.model, self.storage, self.config = model, storage, config
         self.device = storage.master.device
+        self.weight_gradients = WeightGradients(storage.param, storage.grad)
         self.graphs: dict[tuple[Bucket, bool, bool], torch.cuda.CUDAGraph] = {}
+        # before the stream of the weight gradients, wherever both have something to run
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if self._on_gpu else None
         self.inputs: dict[Bucket, Tensor] = {}
         self.staging: dict[Bucket, list[Tensor]] = {}
         self.pool: Any = None
@@ -140,7 +144,7 @@ class WholeStep:
 
     def _capture(self, bucket: Bucket, first: bool, last: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             self._run(bucket, first, last)
         self.pool = graph.pool()
         return graph
@@ -152,7 +156,7 @@ class WholeStep:
         good = self.norm.isfinite()
         rates = torch.where(good, views.controls[0:2], views.controls[2:4])
         source_packing, target_packing = views.packings(bucket)
-        with self._autograd():
+        with self._autograd(), self.weight_gradients.begin(first):
             logits = self.model.forward_packed(views.source_tokens, source_packing, views.previous_tokens,
                                                target_packing)
             sums = [*self._accuracy(logits.detach(), views.targets)]
@@ -180,16 +184,19 @@ class WholeStep:
         return correct.sum().float(), counted.sum().float()
 
     def _collect(self, grads: tuple[Tensor | None, ...], first: bool) -> None:
-        """Gradients into the flat buffer, added to those of earlier micro-batches."""
-        places = self.storage.grads
-        used = [(place, grad) for place, grad in zip(places, grads, strict=True) if grad is not None]
-        if first:
-            torch._foreach_copy_(*map(list, zip(*used, strict=True)))
-            for place, grad in zip(places, grads, strict=True):
-                if grad is None:
-                    place.zero_()
-        else:
-            torch._foreach_add_(*map(list, zip(*used, strict=True)))
+        """Autograd's gradients into the flat buffer too, added to those of earlier micro-batches."""
+        self.weight_gradients.join()
+        fresh: list[tuple[Tensor, Tensor]] = []
+        more: list[tuple[Tensor, Tensor]] = []
+        for param, place, grad in zip(self.storage.params, self.storage.grads, grads, strict=True):
+            filled = not first or param.data_ptr() in self.weight_gradients.written
+            if grad is not None:
+                (more if filled else fresh).append((place, grad))
+            elif not filled:
+                place.zero_()
+        for function, pairs in ((torch._foreach_copy_, fresh), (torch._foreach_add_, more)):
+            if pairs:
+                function(*map(list, zip(*pairs, strict=True)))
 
     def _update(self, lr: Tensor, loss_scale: Tensor) -> None:
         config, storage = self.config, self.storage
@@ -199,8 +206,6 @@ class WholeStep:
         sample_size = self.sums[4]
         multiplier = config.world_size / (torch.where(sample_size > 0, sample_size, 1.0) * loss_scale)
         flat_adam_(storage.master, storage.exp_avg, storage.exp_avg_sq, storage.param, storage.steps, self.norm,
-                   storage.grad, lr, multiplier, max_norm=config.max_norm, beta1=config.beta1, beta2=config.beta2,
-                   eps=config.eps, weight_decay=config.weight_decay)
-        if storage.scattered:
-            torch._foreach_copy_([p.data for p in storage.params], storage.scattered)
+                   storage.grad, storage.segments, lr, multiplier, max_norm=config.max_norm, beta1=config.beta1,
+                   beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
         self.result.copy_(torch.cat((self.sums, self.norm[None])))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from fairseq.optim.adam import Adam
 
-from lightseq_fairseq.ops.flat_adam import flat_adam_
+from lightseq_fairseq.ops.flat_adam import flat_adam_, segment_table
 
-SIZES = [1, 7, 1000, 4099]
+SIZES = [1, 7, 1000, 4099, 20008]
 SETTINGS = dict(beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01)
 
 
@@ -19,11 +19,12 @@ class State:
         self.param = self.master if dtype == torch.float32 else self.master.to(dtype)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self.norm = torch.zeros((), device=device)
+        self.segments = segment_table([(0, 0, size)]).to(device)
 
     def step(self, grad, lr, multiplier, max_norm):
         scalar = [torch.tensor(value, device=grad.device) for value in (lr, multiplier)]
-        flat_adam_(self.master, self.exp_avg, self.exp_avg_sq, self.param, self.steps, self.norm, grad, *scalar,
-                   max_norm=max_norm, **SETTINGS)
+        flat_adam_(self.master, self.exp_avg, self.exp_avg_sq, self.param, self.steps, self.norm, grad,
+                   self.segments, *scalar, max_norm=max_norm, **SETTINGS)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
@@ -49,6 +50,36 @@ def test_trajectory_is_fairseqs(size, dtype, max_norm, device):
     assert ours.steps.item() == 5
 
 
+@pytest.mark.parametrize("lengths", [[8, 16, 20000], [3, 8, 8193, 5, 64]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_segments_join_two_orders(dtype, lengths, device):
+    """Segments of a master in another order, with gaps in the parameters, take the step of a plain layout."""
+    size, gap = sum(lengths), 8
+    plain, other = State(size, dtype, device), State(size, torch.float32, device)
+    room = size + gap * len(lengths)
+    other.master.copy_(plain.master)
+    other.param = torch.full((room,), 7.0, dtype=dtype, device=device)
+    begins = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    ranges, end = [], 0
+    for i in reversed(range(len(lengths))):
+        ranges.append((begins[i], end, lengths[i]))
+        end += lengths[i] + gap
+    other.segments = segment_table(ranges).to(device)
+    for _ in range(3):
+        grad = torch.randn(size, device=device).to(dtype)
+        scattered = torch.zeros(room, dtype=dtype, device=device)
+        for master, param, length in ranges:
+            scattered[param:param + length] = grad[master:master + length]
+        plain.step(grad, 0.1, 0.5, 0.7)
+        other.step(scattered, 0.1, 0.5, 0.7)
+        torch.testing.assert_close(other.master, plain.master, rtol=1e-5, atol=1e-6)  # sums of squares in two orders
+    covered = torch.zeros(room, dtype=torch.bool, device=device)
+    for master, param, length in ranges:
+        covered[param:param + length] = True
+        assert torch.equal(other.param[param:param + length], other.master[master:master + length].to(dtype))
+    assert (other.param[~covered] == 7).all()
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_overflow_changes_nothing(bad, place, device):
@@ -68,7 +99,7 @@ def test_contract_of_the_op(device):
     scalars = [torch.tensor(value, device=device) for value in (0.1, 0.5)]
     torch.library.opcheck(torch.ops.lightseq.flat_adam_.default,
                           (state.master, state.exp_avg, state.exp_avg_sq, state.param, state.steps, state.norm,
-                           torch.randn(24, device=device).half(), *scalars, 1.0, 0.9, 0.98, 1e-8, 0.0))
+                           torch.randn(24, device=device).half(), state.segments, *scalars, 1.0, 0.9, 0.98, 1e-8, 0.0))
 
 
 def test_everything_wrong_is_reported_together():
