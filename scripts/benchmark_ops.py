@@ -175,6 +175,13 @@ class Bench:
             [self.tensor(self.tokens, dim), self.tensor(dim), self.tensor(self.tokens, dim), self.tensor(dim),
              self.tensor(dim)], 4 * elements, 4 * elements)]
 
+    def column_sum(self) -> list[Case]:
+        from lightseq_fairseq import ops
+
+        x, out = self.tensor(self.tokens, self.size.ffn, grad=False), self.tensor(self.size.ffn, grad=False)
+        return [Case("column_sum", Contender(lambda: ops.column_sum_(out, x)),
+                     Contender(lambda: torch.sum(x, 0, out=out)), (self.gigabytes(x.numel()), 0.0))]
+
     def embedding(self) -> list[Case]:
         from lightseq_fairseq import ops
 
@@ -238,16 +245,17 @@ class Bench:
 
     def adam(self) -> list[Case]:
         """A whole model's update: norm, clipping, Adam and the 16-bit copy of the parameters."""
-        from lightseq_fairseq.ops.flat_adam import flat_adam_
+        from lightseq_fairseq.ops.flat_adam import flat_adam_, segment_table
 
         count = self.size.parameters
         state = [torch.zeros(count, device=self.device) for _ in range(3)]
         param, grad = self.tensor(count, grad=False), self.tensor(count, grad=False)
         steps, norm = torch.zeros((), dtype=torch.int64, device=self.device), torch.zeros((), device=self.device)
         lr, multiplier = torch.full_like(norm, 1e-4), torch.full_like(norm, 1 / 4096)
+        segments = segment_table([(0, 0, count)]).to(self.device)
 
         def ours() -> None:
-            flat_adam_(*state, param, steps, norm, grad, lr, multiplier, max_norm=1.0)
+            flat_adam_(*state, param, steps, norm, grad, segments, lr, multiplier, max_norm=1.0)
 
         master = torch.zeros(count, device=self.device)
         optimizer = torch.optim.Adam([master], lr=lr.clone(), betas=(0.9, 0.98), fused=True,
@@ -335,7 +343,7 @@ class Bench:
 
 
 KINDS = ("layer_norm", "bias_activation_dropout", "bias_dropout_residual", "bias_dropout_residual_layer_norm",
-         "embedding", "attention", "cross_entropy", "adam", "encoder_layer", "decoder_layer")
+         "column_sum", "embedding", "attention", "cross_entropy", "adam", "encoder_layer", "decoder_layer")
 """Methods of Bench that make cases."""
 
 
@@ -454,8 +462,9 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         for offset, contender in enumerate(CONTENDERS):
             found = {row["case"]: row for row in steps if (row["size"], row["contender"]) == (size, contender)}
             places = [i for i, case in enumerate(cases) if case in found]
-            axes.barh([i + 0.27 * offset for i in places], [found[cases[i]]["us"] for i in places], 0.25,
-                      label=contender)
+            if places:
+                axes.barh([i + 0.27 * offset for i in places], [found[cases[i]]["us"] for i in places], 0.25,
+                          label=contender, color=f"C{offset}")
             if contender == "lightseq":
                 axes.plot([found[cases[i]]["bound_us"] for i in places], places, "k|", markersize=12, label="bound")
         axes.set(xscale="log", xlabel="us, forward and backward", title=size)

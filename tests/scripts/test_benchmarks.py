@@ -36,7 +36,7 @@ def test_every_operator_and_layer_is_timed(tmp_path):
     rows = {(row["case"], row["pass"], row["contender"]): row for row in report["rows"]}
     assert not [row for row in rows.values() if "failed" in row]
     cases = {case for case, _, _ in rows}
-    assert len(cases) == 12 and {(case, "step", "lightseq") for case in cases} <= rows.keys()
+    assert len(cases) == 13 and {(case, "step", "lightseq") for case in cases} <= rows.keys()
     for row in rows.values():
         assert 0 < row["us_20"] <= row["us"] <= row["us_80"] and row["bound_us"] > 0, row
     assert (tmp_path / "ops.png").exists() == PLOTS
