@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightseq_fairseq.generator.search import Candidates
+from lightseq_fairseq.ops.cpu import compiled_operators
 
 
 def log_probabilities(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
@@ -24,10 +25,20 @@ def log_probabilities(logits: Sequence[Tensor], temperature: float = 1.0) -> Ten
     for table in logits:
         if temperature != 1.0:
             table.div_(temperature)
-        tables.append(torch.log_softmax(table, dim=-1, out=table))
+        tables.append(_log_softmax(table))
     if len(tables) == 1:
         return tables[0]
     return torch.stack(tables).logsumexp(0).sub_(math.log(len(tables)))
+
+
+def _log_softmax(table: Tensor) -> Tensor:
+    """In place, (B, R, V)."""
+    if table.device.type == "cpu" and table.dtype == torch.float32 and table.is_contiguous():
+        operators = compiled_operators()
+        if operators is not None:
+            operators.log_softmax_.default(table, 0)
+            return table
+    return torch.log_softmax(table, dim=-1, out=table)
 
 
 class TokenPenalties:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers import Packing, TransformerDecoder, TransformerEncoder
+from lightseq_fairseq.layers.compiled import CompiledDecoder, CompiledEncoder
 from lightseq_fairseq.layers.embedding import token_embedding
-from lightseq_fairseq.layers.incremental import IncrementalDecoder, IncrementalState
+from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
 from lightseq_fairseq.model_file import ModelFile
 
@@ -22,8 +24,10 @@ class Transformer:
                  dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = model.config, torch.device(device), dtype
         encoder, decoder = _load_layers(model, self.device, dtype)
-        self.encoder = InferenceEncoder(encoder)
-        self.decoder = IncrementalDecoder(decoder)
+        self.encoder: InferenceEncoder | CompiledEncoder
+        self.encoder = CompiledEncoder(encoder) if CompiledEncoder.serves(encoder) else InferenceEncoder(encoder)
+        self.decoder: IncrementalDecoder | CompiledDecoder
+        self.decoder = CompiledDecoder(decoder) if CompiledDecoder.serves(decoder) else IncrementalDecoder(decoder)
         for stack in (encoder, decoder):  # fused copies have taken their place
             stack.layers = torch.nn.ModuleList()
 
@@ -35,20 +39,22 @@ class Transformer:
         """
         packing = Packing.of_lengths([len(sentence) for sentence in src_tokens], self.device)
         source = self.encoder(torch.cat(list(src_tokens)).to(self.device), packing)
-        return DecodeState(self.decoder, self.decoder.start(source, packing, len(src_tokens), beam))
+        return DecodeState(self.decoder, source, packing, len(src_tokens), beam)
 
 
 class DecodeState:
     """One batch being decoded: B live sentences of K beams."""
 
-    def __init__(self, decoder: IncrementalDecoder, state: IncrementalState) -> None:
-        self.decoder, self.state = decoder, state
+    def __init__(self, decoder: IncrementalDecoder | CompiledDecoder, source: Tensor, packing: Packing, batch: int,
+                 beam: int) -> None:
+        self.decoder = decoder
+        self.state: Any = decoder.start(source, packing, batch, beam)  # the decoder's own kind
 
     @torch.no_grad()
     def step(self, tokens: Tensor, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """The newest token of each beam, (B, K) int64, K = 1 at the first step -> fp32 logits (B, K, V), and the last
         layer's cross-attention (B, K, S), the mean over its heads, if asked for."""
-        logits = self.decoder.logits(self.decoder.step(self.state, tokens, need_attention))
+        logits = self.decoder.next_logits(self.state, tokens, need_attention)
         return logits.view(*tokens.shape, -1).float(), self.state.attention
 
     def reorder(self, parents: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightseq_fairseq.generator.top_k import LONG_ROW, top_k
+from lightseq_fairseq.ops.cpu import compiled_operators
 
 
 class Candidates(NamedTuple):
@@ -50,6 +51,10 @@ class BeamSearch:
         """See :class:`SearchStrategy`; fewer candidates where the vocabulary has not so many, pad being never one."""
         _, rows, vocab = lprobs.shape
         count = min(self.candidates, rows * vocab - 1)
+        if lprobs.device.type == "cpu" and lprobs.dtype == torch.float32 and not self.diversity_rate:
+            operators = compiled_operators()
+            if operators is not None:
+                return Candidates(*operators.best_continuations.default(lprobs.contiguous(), scores, count, 0))
         if rows == 1:
             values, tokens = top_k(lprobs[:, 0], count)
             values = _no_nan(values if scores is None else values.add_(scores))

@@ -64,6 +64,9 @@ def _compile_cpu(sources: list[str]) -> None:
 
     if not sources:
         raise RuntimeError("neither built nor here to be built: install from a checkout, with a C++ compiler")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"not built at install and no C++ compiler {compiler} here: install one or name it in CXX")
     logger.warning("compiling the CPU operators of lightseq_fairseq (seconds, once)")
     cpp_extension.load(name=f"lightseq{_build.CPU_NAME}", sources=sources, is_python_module=False,
                        extra_cflags=_build.CPU_COMPILE_FLAGS)

@@ -14,7 +14,9 @@ from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import TransformerDecoder, TransformerEncoder
+from lightseq_fairseq.layers.compiled import CompiledDecoder
 from lightseq_fairseq.layers.embedding import token_embedding
+from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.model_file import ModelFile, ModelFileError
 from tests import tolerances
 from tests.conftest import scramble
@@ -64,6 +66,22 @@ def test_results_do_not_depend_on_the_batch(ids):
     assert_same(generator.infer(ids, OPTIONS, max_sentences=2), alone)
     assert_same(generator.infer(ids, OPTIONS, max_tokens=10), alone)
     assert_same(generator.infer(ids[::-1], OPTIONS), alone[::-1])
+
+
+@pytest.mark.parametrize("options", [OPTIONS, dataclasses.replace(OPTIONS, no_repeat_ngram_size=2, temperature=0.7),
+                                     dataclasses.replace(OPTIONS, return_alignment=True, min_len=4)])
+def test_compiled_operators_change_nothing(ids, options, monkeypatch):
+    model = random_model(encoder_embed_dim=32, decoder_embed_dim=32, encoder_ffn_embed_dim=48, decoder_ffn_embed_dim=48)
+    compiled = Generator([model], "cpu")
+    assert isinstance(compiled.models[0].decoder, CompiledDecoder), "see the warning above"
+    found = compiled.infer(ids, options)
+    for module in ("layers.compiled", "generator.search", "generator.logits"):
+        monkeypatch.setattr(f"lightseq_fairseq.{module}.compiled_operators", lambda: None)
+    plain = Generator([model], "cpu")
+    assert isinstance(plain.models[0].decoder, IncrementalDecoder)
+    expected = plain.infer(ids, options)
+    assert_same(found, expected)
+    assert [h.alignment for h in sum(found, [])] == [h.alignment for h in sum(expected, [])]
 
 
 def test_progress_counts_every_sentence_once(ids):

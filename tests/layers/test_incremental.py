@@ -34,7 +34,10 @@ LENGTHS = [5, 1, 9, 5]
 
 
 def build(name):
-    config = dataclasses.replace(BASE, **CONFIGS[name])
+    return build_config(dataclasses.replace(BASE, **CONFIGS[name]))
+
+
+def build_config(config):
     encoder = TransformerEncoder(config, token_embedding(config.src_vocab_size, config.encoder_embed_dim, 1))
     decoder = TransformerDecoder(config, token_embedding(config.tgt_vocab_size, config.input_dim, 1))
     return scramble(encoder.eval()), scramble(decoder.eval())
@@ -62,8 +65,11 @@ def test_steps_equal_the_whole(name, beam, monkeypatch):
     tokens, packing = sources(encoder.config)
     source = encoder.encode(tokens, packing)
     torch.testing.assert_close(InferenceEncoder(encoder)(tokens, packing), source, **tolerances.LAYER)
+    check_steps(IncrementalDecoder(decoder), decoder, source, packing, beam)
 
-    incremental = IncrementalDecoder(decoder)
+
+def check_steps(incremental, decoder, source, packing, beam):
+    """``incremental``, made of ``decoder``, step by step; beams change parents and sentences leave on the way."""
     state = incremental.start(source, packing, len(LENGTHS), beam)
     alive = torch.arange(len(LENGTHS))
     history = [[torch.empty(0, dtype=torch.int64)] for _ in LENGTHS]
@@ -71,7 +77,7 @@ def test_steps_equal_the_whole(name, beam, monkeypatch):
         fed = 1 if step == 0 else beam
         newest = torch.randint(4, decoder.config.tgt_vocab_size, (len(alive), fed))
         history = [[torch.cat((h, newest[b, k, None])) for k, h in enumerate(beams)] for b, beams in enumerate(history)]
-        logits = incremental.logits(incremental.step(state, newest)).view(len(alive), fed, -1)
+        logits = incremental.next_logits(state, newest).view(len(alive), fed, -1)
         lengths = [LENGTHS[i] for i in alive]
         sub_source = torch.cat([source.split(LENGTHS)[i] for i in alive])
         for k in range(fed):
