@@ -41,6 +41,7 @@ ROOMS = {
     "inference": Room("generator model_file config", "torch numpy"),
     "cli": Room(),
     "cli.train": Room("plugin fairseq_compat"),
+    "cli.hydra_train": Room("cli.train fairseq_compat"),
     "cli.validate": Room("plugin fairseq_compat"),
     "cli.export": Room("export model_file", "torch tqdm"),
     "cli.generate": Room("generator model_file config", "torch", "export fairseq_compat fairseq"),

@@ -115,3 +115,21 @@ def test_training_benchmark_measures_both(joined_data_bin, tmp_path):
     refused = subprocess.run([sys.executable, str(ROOT / "scripts" / "benchmark_train.py"), "data", "--profile"],
                              capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert refused.returncode == 2 and "--profile reads the kernels of a GPU" in refused.stderr
+
+
+def test_quality_benchmark_trains_averages_and_scores(joined_data_bin, tmp_path):
+    """Both contenders, two at a time; 18 updates are more than an epoch of the toy corpus."""
+    narrow = [f"model.{side}_{size}" for side in ("encoder", "decoder")
+              for size in ("embed_dim=16", "ffn_embed_dim=16", "layers=1")]
+    out = benchmark("benchmark_quality.py", joined_data_bin, "--seeds", 5, "--dtypes", "fp32", "--max-update", 18,
+                    "--contenders", "lightseq,fairseq", "--parallel", 2, "--out", tmp_path, "--work", tmp_path / "work",
+                    "task.source_lang=xx", "task.target_lang=yy", "dataset.max_tokens=400", *narrow)
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert {(row["contender"], row["dtype"], row["seed"]) for row in rows} == {
+        ("lightseq", "fp32", 5), ("fairseq", "fp32", 5)}
+    for row in rows:
+        assert 0 <= row["bleu"] <= 100 and row["averaged"] >= 1 and row["train_seconds"] > 0
+        log = (tmp_path / "work" / f"{row['contender']}-fp32-seed-5" / "train.log").read_text()
+        assert f"model: {'LSTransformerModel' if row['contender'] == 'lightseq' else 'TransformerModel'}" in log
+        assert "num_updates: 18 >= max_update: 18" in log
+    assert "| lightseq fp32 |" in out and "| fairseq fp32 |" in out
