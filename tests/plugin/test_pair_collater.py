@@ -1,0 +1,77 @@
+"""PairCollater's batches, once packed, are those that fairseq's collater makes, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lightseq_fairseq.plugin  # noqa: F401
+from lightseq_fairseq.plugin.packed_batch import PACKED, PackingCollater
+from lightseq_fairseq.plugin.pair_collater import PairCollater
+
+PAD, EOS = 1, 2
+
+
+def sentence_pairs(count: int, seed: int, longest: int = 30) -> list[dict]:
+    """Sentences of 1 to ``longest`` tokens, of which many have the same length; the last token is eos."""
+    rng = random.Random(seed)
+
+    def sentence() -> torch.Tensor:
+        return torch.tensor([*(rng.randrange(4, 50) for _ in range(rng.randrange(longest))), EOS])
+
+    return [{"id": i, "source": sentence(), "target": sentence()} for i in range(count)]
+
+
+@pytest.fixture
+def dataset():
+    from fairseq.data import LanguagePairDataset
+
+    dictionary = SimpleNamespace(pad=lambda: PAD, eos=lambda: EOS, unk=lambda: 3)
+    sentences = [pair["source"] for pair in sentence_pairs(5, seed=1)]
+    return LanguagePairDataset(sentences, [5] * 5, dictionary, sentences, [5] * 5, dictionary)
+
+
+def packed(collate, examples: list[dict]) -> tuple:
+    sample = PackingCollater(collate, PAD, ignore_prefix_size=2)(examples)
+    return sample["nsentences"], sample["ntokens"], *sample[PACKED]
+
+
+@pytest.mark.parametrize("count, longest", [(1, 1), (1, 9), (2, 1), (37, 12), (300, 40)])
+def test_packed_batches_are_fairseqs(count, longest, dataset):
+    ours = PairCollater.instead_of(dataset.collater)
+    assert isinstance(ours, PairCollater)
+    ours = PairCollater(None, ours.pad, ours.eos)  # must not fall back
+    examples = sentence_pairs(count, seed=count, longest=longest)
+    *want, want_buffer = packed(dataset.collater, examples)
+    *got, got_buffer = packed(ours, examples)
+    controls = 4  # the last words are left for the trainer to fill
+    assert got == want and torch.equal(got_buffer[:-controls], want_buffer[:-controls])
+
+
+def test_padding_inside_a_sentence_is_left_to_fairseq(dataset):
+    examples = sentence_pairs(4, seed=2)
+    examples[1]["source"] = torch.tensor([7, PAD, 8, EOS])
+    *_, want = packed(dataset.collater, examples)
+    *_, got = packed(PairCollater.instead_of(dataset.collater), examples)
+    assert torch.equal(got[:-4], want[:-4])
+
+
+def test_no_examples_make_no_batch(dataset):
+    assert PairCollater.instead_of(dataset.collater)([]) == {}
+
+
+@pytest.mark.parametrize("change", [{"input_feeding": False}, {"buckets": [10, 20]}, {"tgt": None}], ids=str)
+def test_other_batches_are_left_to_fairseq(change, dataset):
+    for name, value in change.items():
+        setattr(dataset, name, value)
+    assert PairCollater.instead_of(dataset.collater) == dataset.collater
+
+
+def test_other_collaters_are_left_alone():
+    def collate(examples):
+        return examples
+
+    assert PairCollater.instead_of(collate) is collate
