@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time beam search of a fixed number of tokens: fairseq, CTranslate2 and ours, alternating, in one run on one machine.
 
-    python scripts/benchmark_generate.py [--sizes base] [--batches 1,8,32] [--dtype fp32]
+    python scripts/benchmark_generate.py [--sizes base,demo] [--batches 1,8,32] [--dtype fp32]
 
-One Transformer with random weights serves all; every output has exactly --length tokens, so that all do the same work.
+``demo`` is the model that scripts/demo.sh trains. One Transformer with random weights serves all; every output has exactly --length tokens, so that all do the same work.
 CTranslate2 is left out where it is not installed (pip install ctranslate2). Results go to
 scripts/results/generate[_cpu].json and .png: milliseconds a batch, medians over alternating repeats.
 """
@@ -27,7 +27,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_train import RESULTS, machine  # noqa: E402
 
-ARCHITECTURES = {"tiny": "transformer_tiny", "base": "transformer_wmt_en_de", "big": "transformer_wmt_en_de_big"}
+ARCHITECTURES = {
+    "tiny": ["transformer_tiny"], "base": ["transformer_wmt_en_de"], "big": ["transformer_wmt_en_de_big"],
+    "demo": ["transformer", *(word for side in ("encoder", "decoder") for word in (
+        f"--{side}-layers", "2", f"--{side}-embed-dim", "128", f"--{side}-ffn-embed-dim", "512",
+        f"--{side}-attention-heads", "4"))]}
+VOCABULARIES = {"demo": 1736}
+"""Types of the sizes whose vocabulary is not the option's."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONTENDERS = ("fairseq", "ctranslate2", "lightseq")
 ON_GPU = torch.cuda.is_available()
@@ -110,8 +116,8 @@ def make_checkpoint(folder: Path, size: str, vocabulary: int) -> dict[str, Any]:
     for language in ("en", "de"):
         (folder / f"dict.{language}.txt").write_text("".join(f"w{i} 1\n" for i in range(4, vocabulary)))
     args = options.parse_args_and_arch(options.get_training_parser(), [
-        str(folder), "--task", "translation", "-s", "en", "-t", "de", "--arch", ARCHITECTURES[size],
-        "--share-all-embeddings", "--cpu"])
+        str(folder), "--task", "translation", "-s", "en", "-t", "de", "--share-all-embeddings", "--cpu",
+        "--arch", *ARCHITECTURES[size]])
     task = tasks.setup_task(args)
     utils.set_torch_seed(1)
     module = task.build_model(args)
@@ -159,7 +165,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="base")
+    parser.add_argument("--sizes", default="base" if ON_GPU else "base,demo")
     parser.add_argument("--batches", default="1,8,32,128" if ON_GPU else "1,8,32")
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--length", type=int, default=30)
@@ -176,12 +182,13 @@ def main() -> None:
     classes = dict(zip(CONTENDERS, (Fairseq, CTranslate2, LightSeq), strict=True))
     rows = []
     for size in args.sizes.split(","):
+        vocabulary = VOCABULARIES.get(size, args.vocabulary)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            checkpoint = make_checkpoint(folder, size, args.vocabulary)
+            checkpoint = make_checkpoint(folder, size, vocabulary)
             contenders = {name: classes[name](folder, args, checkpoint) for name in wanted}
             for count in map(int, args.batches.split(",")):
-                pool = sentences(count * args.repeats, args.vocabulary)
+                pool = sentences(count * args.repeats, vocabulary)
                 batches = [pool[i * count:(i + 1) * count] for i in range(args.repeats)]
                 case = f"{size}-beam{args.beam}-len{args.length}-b{count}"
                 for name, ms in alternate(contenders, batches, args.length).items():

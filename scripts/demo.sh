@@ -38,7 +38,8 @@ options=(data-bin --gen-subset test --beam 4 --batch-size 32 --remove-bpe)
 sentences_per_second() { sed -nE 's/.*Translated .*\(([0-9.,]+) sentences\/s.*/\1/p' "$1" | tr -d ,; }
 lightseq-generate "${options[@]}" --path model.pb >generate.log 2>&1 || { tail generate.log >&2; exit 1; }
 fairseq-generate "${options[@]}" --path checkpoints/checkpoint_last.pt --user-dir "$root/lightseq_fairseq" \
-  --model-overrides "{'_name': 'transformer'}" >fairseq-generate.log 2>&1 || { tail fairseq-generate.log >&2; exit 1; }
+  --model-overrides "{'_name': 'transformer'}" --required-batch-size-multiple 1 >fairseq-generate.log 2>&1 ||
+  { tail fairseq-generate.log >&2; exit 1; }
 
 grep ^H- generate.log | sort -t- -k2n | cut -f3 | sacremoses -q -l de detokenize --xml-unescape >translation.txt
 paste corpus/test.en translation.txt corpus/test.de |

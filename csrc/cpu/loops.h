@@ -61,7 +61,7 @@ inline Vector exponential(Vector x) {
   return p * reinterpret_cast<const Vector&>(power);
 }
 
-// One tile of a linear map: ROWS rows of x (ROWS, inner), TILE_VECTORS vectors of the columns of a panel (inner, PANEL).
+// One tile of a linear map: ROWS rows of x (ROWS, inner), TILE_VECTORS vectors of columns of a panel (inner, PANEL).
 // `valid` columns are written to out (ROWS, columns) and read from the residual, which may be out itself.
 template <int ROWS>
 void tile(float* out, const float* x, const float* panel, const float* bias, const float* residual, int inner,
@@ -112,8 +112,8 @@ inline void linear(float* y, const float* x, int rows, const Linear& f, const fl
       for (int block = 0; block < blocks; ++block) {
         const int row = rows * block / blocks, end = rows * (block + 1) / blocks;  // tiles of like height
         const int64_t at = static_cast<int64_t>(row) * f.out + column;
-        TILES[end - row - 1](y + at, x + static_cast<int64_t>(row) * f.in, weights, f.bias + column, residual ? residual + at : nullptr,
-                             f.in, f.out, f.out - column, relu);
+        TILES[end - row - 1](y + at, x + static_cast<int64_t>(row) * f.in, weights, f.bias + column,
+                             residual ? residual + at : nullptr, f.in, f.out, f.out - column, relu);
       }
     }
   }
@@ -152,8 +152,8 @@ inline void softmax(float* scores, int count) {
   for (int i = 0; i < padded; i += W) store(scores + i, load(scores + i) * factor);
 }
 
-// For each of a few queries: out (D,) = softmax(q (D,) keys^T) values over `count` keys, of which key(query, i) is where
-// number i begins, its value lying `to_value` floats behind. Queries and outputs are `q_step` and `out_step` floats
+// For each of a few queries: out (D,) = softmax(q (D,) keys^T) values over `count` keys, of which key(query, i) is
+// where number i begins, its value lying `to_value` floats behind. Queries and outputs are `q_step` and `out_step` floats
 // apart. The softmaxes are left in scores (queries, room); stages go by all queries, so that none waits for itself.
 template <typename Key>
 inline void attend(float* out, int out_step, const float* q, int q_step, int queries, int count, int head_dim,

@@ -1,6 +1,6 @@
-// lightseq_cpu::encode, decoder_step, log_softmax_ and best_continuations: generation of small models on the CPU, where calls
-// of single operators would take longer than their work. Schemas stand at the end; what they compute is said, and
-// their arguments are made and checked, in lightseq_fairseq/layers/compiled.py and lightseq_fairseq/ops/cpu.py.
+// lightseq_cpu::encode, decoder_step, log_softmax_ and best_continuations: generation of small models on the CPU,
+// where calls of single operators would take longer than their work. Schemas stand at the end; what they compute is
+// said in lightseq_fairseq/ops/cpu.py, and lightseq_fairseq/layers/compiled.py makes their arguments.
 //
 // Only LibTorch's stable ABI is used, so one build serves every torch from 2.10 on and every Python.
 #include <torch/csrc/stable/library.h>
@@ -23,7 +23,7 @@ namespace lightseq::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int PANEL = 32;  // columns of a weight that lie together, as pack_linear of lightseq_fairseq/ops/cpu.py has it
+constexpr int PANEL = 32;  // columns of a weight that lie together: pack_linear in lightseq_fairseq/ops/cpu.py
 
 // A linear map: panels (out / PANEL, in, PANEL), zero where out ends before the last panel, and bias, padded likewise.
 struct Linear {
