@@ -106,7 +106,8 @@ def restore_get_buckets() -> None:
 def keep_bf16_off_the_tpu() -> None:
     """``AttributeError: 'NoneType' object has no attribute 'xla_device'`` under ``--bf16`` on a CPU or a GPU.
 
-    fairseq sets ``args.tpu`` wherever ``--bf16`` is given; here it is set only where ``--tpu`` is.
+    fairseq sets ``args.tpu`` wherever ``--bf16`` is given; here it is set only where ``--tpu`` is. For the same reason
+    it says ``Cannot combine --fp16 and --tpu`` to who never named a TPU but ``--fp16`` and ``--bf16``.
     """
     from fairseq import options
 
@@ -114,9 +115,14 @@ def keep_bf16_off_the_tpu() -> None:
 
     @functools.wraps(stock)
     def parse_args_and_arch(parser, input_args=None, *rest, **kwargs):
-        result = stock(parser, input_args, *rest, **kwargs)
-        args = result[0] if isinstance(result, tuple) else result
         given = sys.argv[1:] if input_args is None else input_args
+        try:
+            result = stock(parser, input_args, *rest, **kwargs)
+        except ValueError as error:
+            if "--fp16 and --tpu" not in str(error) or "--tpu" in given:
+                raise
+            raise ValueError("--fp16 and --bf16 exclude each other: give one of them") from error
+        args = result[0] if isinstance(result, tuple) else result
         if getattr(args, "bf16", False) and "--tpu" not in given:
             args.tpu = False
         return result

@@ -34,7 +34,7 @@ ROOMS = {
     "optim": Room("ops", "torch"),
     "layers": Room("ops config", "torch"),
     "fairseq_compat": Room("", "torch numpy", "fairseq omegaconf"),
-    "plugin": Room("fairseq_compat layers ops optim config", "torch fairseq omegaconf"),
+    "plugin": Room("fairseq_compat layers ops optim config", "torch numpy fairseq omegaconf"),
     "model_file": Room("config", "torch numpy google h5py"),
     "export": Room("model_file config", "torch numpy", "fairseq_compat fairseq"),
     "generator": Room("model_file layers ops config", "torch numpy"),

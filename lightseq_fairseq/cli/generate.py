@@ -133,9 +133,13 @@ def with_the_last_batch(stock: Callable[..., list[Any]]) -> Callable[..., list[A
 
 def _not_taken(cfg: Any) -> list[str]:
     """Names of the options in ``cfg`` that would change the result and that we do not take."""
-    from fairseq.dataclass.configs import CheckpointConfig, CommonEvalConfig, GenerationConfig
+    from fairseq.dataclass.configs import CheckpointConfig, CommonEvalConfig, DatasetConfig, GenerationConfig
 
     wrong = refused_options(cfg.generation, vars(GenerationConfig()))
+    for name in ("num_shards", "shard_id"):
+        if getattr(cfg.dataset, name) != getattr(DatasetConfig, name):
+            wrong.append(f"--{name.replace('_', '-')} (fairseq-generate itself ignores it; --distributed-world-size "
+                         "and --distributed-rank share the sentences out)")
     if cfg.common_eval.model_overrides != CommonEvalConfig.model_overrides:
         wrong.append("--model-overrides (a model file is what it is)")
     if cfg.checkpoint.checkpoint_shard_count != CheckpointConfig.checkpoint_shard_count:

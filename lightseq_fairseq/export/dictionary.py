@@ -11,6 +11,11 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 """The first symbols of every dictionary; their places are TransformerConfig's bos, pad, eos and unk."""
 
 
+DATA_ADVICE = ("name the folder that the model was trained on, which is --data-bin of lightseq-export and the first "
+               "argument of lightseq-generate")
+"""What to do about dictionaries that are not the model's, or not there."""
+
+
 def load_symbols(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Symbols in index order, as ``fairseq.data.Dictionary.load`` numbers them.
 
@@ -20,7 +25,7 @@ def load_symbols(path: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
-        raise ExportError(f"{path}: no such dictionary; pass --data-bin with the folder of dict.<lang>.txt") from None
+        raise ExportError(f"{path}: no such dictionary; {DATA_ADVICE}") from None
     except OSError as error:
         raise ExportError(f"{path}: the dictionary cannot be read ({error.strerror})") from error
     except UnicodeError:

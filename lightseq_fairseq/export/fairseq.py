@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightseq_fairseq.config import ConfigError, TransformerConfig
 from lightseq_fairseq.export.checkpoint import ExportError, load_checkpoint, plain
-from lightseq_fairseq.export.dictionary import SPECIAL, load_symbols, merge_symbols
+from lightseq_fairseq.export.dictionary import DATA_ADVICE, SPECIAL, load_symbols, merge_symbols
 from lightseq_fairseq.model_file import ModelFile, ModelFileError
 from lightseq_fairseq.model_file.spec import differences, raise_all, same_tensor, tensor_shapes, tied_tensors
 
@@ -26,6 +26,7 @@ NAMES = (
     (r"(decoder\.layers\.\d+)\.layer_norms\.1\.(\w+)",                    r"\1.encoder_attn_layer_norm.\2"),
     (r"(decoder\.layers\.\d+)\.layer_norms\.2\.(\w+)",                    r"\1.final_layer_norm.\2"),
     (r"((en|de)coder\.layers\.\d+\.\w+_attn)\.in_proj_(weight|bias)",     r"\1.{}_proj.\3"),  # q, k and v in one
+    (r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)",   None),  # copies of fairseq 0.12.2, unused
     (r"((en|de)coder\..+)",                                               r"\1"),
 )
 """Name in a checkpoint, name in the file; None is dropped. The first pattern that matches the whole name decides, and
@@ -94,8 +95,7 @@ def _model(args: Mapping[str, Any], tensors: dict[str, Tensor], data_bin: str | 
         source = target = merge_symbols(source, target)
     for side, found, rows in (("source", source, config.src_vocab_size), ("target", target, config.tgt_vocab_size)):
         if len(found) != rows:
-            raise ExportError(f"expected a {side} dictionary of {rows} types, got {len(found)}; pass --data-bin with "
-                              "the folder that the model was trained on")
+            raise ExportError(f"expected a {side} dictionary of {rows} types, got {len(found)}; {DATA_ADVICE}")
     return ModelFile(config, complete, source, target, source_lang, target_lang)
 
 
@@ -221,7 +221,7 @@ def _data_folder(args: Mapping[str, Any]) -> str:
     if isinstance(data, list):
         data = data[0] if data else None
     if not data:
-        raise ExportError("the checkpoint does not say where its dictionaries are; pass --data-bin")
+        raise ExportError(f"the checkpoint does not say where its dictionaries are; {DATA_ADVICE}")
     return str(data).split(os.pathsep)[0]
 
 
@@ -234,7 +234,6 @@ def _dictionaries(folder: str | os.PathLike[str], source_lang: str | None,
     missing = [name for name in (f"dict.{source_lang}.txt", f"dict.{target_lang}.txt")
                if not (Path(folder) / name).is_file()]
     if missing:
-        raise ExportError(f"expected {' and '.join(missing)} in {folder}, got no such file; pass --data-bin with the "
-                          "folder that fairseq-preprocess wrote")
+        raise ExportError(f"expected {' and '.join(missing)} in {folder}, got no such file; {DATA_ADVICE}")
     return (load_symbols(Path(folder) / f"dict.{source_lang}.txt"),
             load_symbols(Path(folder) / f"dict.{target_lang}.txt"))

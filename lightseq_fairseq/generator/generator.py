@@ -144,7 +144,7 @@ def _check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:
 def _present(symbols: tuple[str, ...] | None, side: str) -> tuple[str, ...]:
     if symbols is None:
         raise GenerationError(f"the model file holds no {side} vocabulary, so only ids can be translated; export it "
-                              "again with --data-bin")
+                              "again with lightseq-export --data-bin")
     return symbols
 
 

@@ -19,9 +19,15 @@ _REFUSED = {
     "print_step": "iterative refinement",
     "retain_iter_history": "iterative refinement",
     "iter_decode_eos_penalty": "iterative refinement",
+    "iter_decode_max_iter": "iterative refinement",
     "iter_decode_force_max_iter": "iterative refinement",
     "iter_decode_with_beam": "iterative refinement",
     "iter_decode_with_external_reranker": "iterative refinement",
+    "beam_mt": "the first pass of speech translation",
+    "max_len_a_mt": "the first pass of speech translation",
+    "max_len_b_mt": "the first pass of speech translation",
+    "lenpen_mt": "the first pass of speech translation",
+    "eos_token": "the language tag of speech translation",
 }
 """fairseq's decoding options that are not taken, and what they would ask for."""
 

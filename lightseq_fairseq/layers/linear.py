@@ -8,7 +8,7 @@ CUDA stream of their own and written to their places in flat storage; else autog
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,8 @@ class WeightGradients:
         self.stream = torch.cuda.Stream(param.device) if param.is_cuda else None
         self.written: set[int] = set()
         """Addresses of the parameters that have a gradient of this micro-batch in ``grad``."""
+        self.on_written: Callable[[Sequence[Tensor]], None] | None = None
+        """Told of the parameters of each product, in the stream in which it is there."""
         self._add = False
         self._under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
 
@@ -113,6 +115,8 @@ class WeightGradients:
             dbias = adjacent([self.place(bias) for bias in biases])
             assert dbias is not None
             ops.column_sum_(dbias, dy, add)
+        if self.on_written is not None:
+            self.on_written([*weights, *biases])
 
 
 def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -23,8 +23,9 @@ class FlatStorage:
     """Buffers behind fairseq's optimizer, which is ls_adam, alone or inside FP16Optimizer.
 
     ``param`` and ``grad`` (Q,) lie in an order of our own, where the members of each of the ``neighbours`` follow one
-    another; ``master``, ``exp_avg`` and ``exp_avg_sq`` (P,) likewise, except where FP16Optimizer has made one flat
-    master: its order decides what a checkpoint holds. ``segments`` says which elements belong together.
+    another and vectors come behind matrices; ``master``, ``exp_avg`` and ``exp_avg_sq`` (P,) likewise, except where
+    FP16Optimizer has made one flat master: its order decides what a checkpoint holds. ``segments`` says which elements
+    belong together.
     """
 
     def __init__(self, optimizer: Any, neighbours: Sequence[Sequence[Tensor]] = ()) -> None:
@@ -77,11 +78,12 @@ class FlatStorage:
 
 
 def _places(params: list[Tensor], neighbours: Sequence[Sequence[Tensor]]) -> tuple[list[int], int]:
-    """Where each parameter begins, neighbours behind one another, and the size of all."""
+    """Where each parameter begins and the size of all. Neighbours follow one another; vectors, whose gradients are few
+    bytes and come late, follow the matrices."""
     group_of = {id(param): group for group in neighbours for param in group}
     number = {id(param): i for i, param in enumerate(params)}
     places, end = [-1] * len(params), 0
-    for param in params:
+    for param in sorted(params, key=lambda param: param.dim() < 2):
         for member in group_of.get(id(param), (param,)):
             i = number.get(id(member))
             if i is not None and places[i] < 0:

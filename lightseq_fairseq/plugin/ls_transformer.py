@@ -96,14 +96,19 @@ def _layer_wrapper(cfg: Any):
 
 
 class _UpgradesCheckpoints:
-    """Names in checkpoints of fairseq before 0.6, for encoder and decoder alike."""
+    """Names in checkpoints of other fairseq versions, for encoder and decoder alike."""
 
     layers: nn.ModuleList
     old_norms: tuple[str, ...]
+    """Of a layer, before 0.6, in their order there."""
+    unused: tuple[str, ...] = ()
+    """Copies of weights that fairseq 0.12.2 stores beside a layer's own."""
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
         for index in range(len(self.layers)):
             prefix = f"{name}.layers.{index}"
+            for tensor in self.unused:
+                state_dict.pop(f"{prefix}.{tensor}", None)
             for number, norm in enumerate(self.old_norms):
                 for part in ("weight", "bias"):
                     old = f"{prefix}.layer_norms.{number}.{part}"
@@ -126,6 +131,7 @@ class LSTransformerEncoder(_UpgradesCheckpoints, TransformerEncoder, FairseqEnco
     """Our encoder behind fairseq's encoder interface."""
 
     old_norms = ("self_attn_layer_norm", "final_layer_norm")
+    unused = tuple(f"{module}_{part}" for module in ("in_proj", "out_proj", "fc1", "fc2") for part in ("weight", "bias"))
 
     def __init__(self, cfg: Any, config: TransformerConfig, dictionary: Any, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, _layer_wrapper(cfg), dictionary=dictionary)

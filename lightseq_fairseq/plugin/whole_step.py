@@ -21,6 +21,7 @@ from lightseq_fairseq.layers.linear import WeightGradients
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
 from lightseq_fairseq.ops.flat_adam import flat_adam_
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
+from lightseq_fairseq.plugin.gradient_reduction import GradientReduction
 from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch
 
 
@@ -71,6 +72,9 @@ class WholeStep:
         self.model, self.storage, self.config = model, storage, config
         self.device = storage.master.device
         self.weight_gradients = WeightGradients(storage.param, storage.grad)
+        self.reduction = None
+        if config.world_size > 1:
+            self.reduction = GradientReduction(storage.grad, storage.params, storage.grads, config.group)
         self.graphs: dict[tuple[Bucket, bool, bool], torch.cuda.CUDAGraph] = {}
         # before the stream of the weight gradients, wherever both have something to run
         self.stream = torch.cuda.Stream(self.device, priority=-1) if self._on_gpu else None
@@ -102,7 +106,7 @@ class WholeStep:
         self._to_device(batch)
         key = bucket, first, last
         if not self._on_gpu or not self.warm:
-            self.warm = True
+            self.warm = last  # a whole update: by it every rank learns in which order to reduce gradients
             self._run(bucket, first, last)
         else:
             if key not in self.graphs:
@@ -156,6 +160,10 @@ class WholeStep:
         good = self.norm.isfinite()
         rates = torch.where(good, views.controls[0:2], views.controls[2:4])
         source_packing, target_packing = views.packings(bucket)
+        self.weight_gradients.on_written = None
+        if self.reduction is not None and last:
+            self.reduction.begin()
+            self.weight_gradients.on_written = self.reduction.written
         with self._autograd(), self.weight_gradients.begin(first):
             logits = self.model.forward_packed(views.source_tokens, source_packing, views.previous_tokens,
                                                target_packing)
@@ -164,10 +172,11 @@ class WholeStep:
                                                      overwrite_logits=True)
             grads = torch.autograd.grad(loss, storage.params, rates[1].to(loss.dtype), allow_unused=True)
         with torch.no_grad():
-            self._collect(grads, first)
+            late = self._collect(grads, first)
             fresh = torch.cat((torch.stack((loss.detach(), nll.detach(), *sums)), views.controls[4:7]))
             self.sums.copy_(fresh) if first else self.sums.add_(fresh)
             if last:
+                self._reduce(late)
                 self._update(*rates)
 
     @staticmethod
@@ -183,8 +192,11 @@ class WholeStep:
         correct = (logits.argmax(-1) == targets) & counted
         return correct.sum().float(), counted.sum().float()
 
-    def _collect(self, grads: tuple[Tensor | None, ...], first: bool) -> None:
-        """Autograd's gradients into the flat buffer too, added to those of earlier micro-batches."""
+    def _collect(self, grads: tuple[Tensor | None, ...], first: bool) -> list[Tensor]:
+        """Autograd's gradients into the flat buffer too, added to those of earlier micro-batches.
+
+        Returns the parameters that it had gradients of.
+        """
         self.weight_gradients.join()
         fresh: list[tuple[Tensor, Tensor]] = []
         more: list[tuple[Tensor, Tensor]] = []
@@ -197,12 +209,15 @@ class WholeStep:
         for function, pairs in ((torch._foreach_copy_, fresh), (torch._foreach_add_, more)):
             if pairs:
                 function(*map(list, zip(*pairs, strict=True)))
+        return [param for param, grad in zip(self.storage.params, grads, strict=True) if grad is not None]
+
+    def _reduce(self, late: list[Tensor]) -> None:
+        if self.reduction is not None:
+            dist.all_reduce(self.sums, group=self.config.group)
+            self.reduction.finish(late)
 
     def _update(self, lr: Tensor, loss_scale: Tensor) -> None:
         config, storage = self.config, self.storage
-        if config.world_size > 1:
-            dist.all_reduce(storage.grad, op=dist.ReduceOp.AVG, group=config.group)
-            dist.all_reduce(self.sums, group=config.group)
         sample_size = self.sums[4]
         multiplier = config.world_size / (torch.where(sample_size > 0, sample_size, 1.0) * loss_scale)
         flat_adam_(storage.master, storage.exp_avg, storage.exp_avg_sq, storage.param, storage.steps, self.norm,

@@ -192,3 +192,14 @@ def test_old_checkpoints_load_as_fairseq_loads_them(data_bin):
     ours.upgrade_state_dict(old)
     ours.load_state_dict({**old, "encoder.version": torch.tensor([1.0]), "decoder.version": torch.tensor([1.0])})
     torch.testing.assert_close(run(ours, batch)[0], run(stock, batch)[0], **tolerances.LAYER)
+
+
+def test_unused_copies_of_fairseq_0_12_2_are_dropped(data_bin):
+    """Its encoder layers hold eight tensors that nothing reads; the same names elsewhere are unexpected."""
+    _, stock, ours, batch = pair(data_bin, OPTIONS["post-LN"])
+    unused = [f"{module}_{part}" for module in ("in_proj", "out_proj", "fc1", "fc2") for part in ("weight", "bias")]
+    copies = {f"encoder.layers.{i}.{name}": torch.zeros(1) for i in range(len(stock.encoder.layers)) for name in unused}
+    ours.load_state_dict({**stock.state_dict(), **copies})
+    torch.testing.assert_close(run(ours, batch)[0], run(stock, batch)[0], **tolerances.LAYER)
+    with pytest.raises(RuntimeError, match="decoder.layers.0.fc1_weight"):
+        ours.load_state_dict({**stock.state_dict(), "decoder.layers.0.fc1_weight": torch.zeros(1)})
