@@ -131,7 +131,7 @@ class LSTransformerEncoder(_UpgradesCheckpoints, TransformerEncoder, FairseqEnco
     """Our encoder behind fairseq's encoder interface."""
 
     old_norms = ("self_attn_layer_norm", "final_layer_norm")
-    unused = tuple(f"{module}_{part}" for module in ("in_proj", "out_proj", "fc1", "fc2") for part in ("weight", "bias"))
+    unused = tuple(f"{name}_{part}" for name in ("in_proj", "out_proj", "fc1", "fc2") for part in ("weight", "bias"))
 
     def __init__(self, cfg: Any, config: TransformerConfig, dictionary: Any, embed_tokens: nn.Embedding) -> None:
         super().__init__(config, embed_tokens, _layer_wrapper(cfg), dictionary=dictionary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from lightseq_fairseq import fairseq_compat
 from lightseq_fairseq.cli import export, generate
+from lightseq_fairseq.generator.options import refused_options
 from tests.cli.conftest import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +200,12 @@ def test_half_precision_translates_alike(flag, data_bin, checkpoint):
     ("--iter-decode-with-beam 3", "--iter-decode-with-beam (iterative refinement)"),
     ("--print-step", "--print-step (iterative refinement)"),
     ("--model-overrides {'dropout':0.1}", "--model-overrides"),
-    ("--fp16 --bf16", "Cannot combine --fp16"),
+    ("--iter-decode-max-iter 3", "--iter-decode-max-iter (iterative refinement)"),
+    ("--beam-mt 2", "--beam-mt (the first pass of speech translation)"),
+    ("--eos-token <x>", "--eos-token (the language tag of speech translation)"),
+    ("--num-shards 2 --shard-id 1", "--distributed-world-size and --distributed-rank share"),
+    ("--fp16 --bf16", "error: --fp16 and --bf16 exclude each other: give one of them"),
+    ("--memory-efficient-fp16 --bf16", "error: --fp16 and --bf16 exclude each other: give one of them"),
     ("--beam 0", "beam must be at least 1, got 0"),
     ("--beam 4 --diverse-beam-groups 3", "diverse_beam_groups must divide beam, got 3 and 4"),
     ("--sampling-topk 4", "sampling_topk needs sampling"),
@@ -211,6 +218,29 @@ def test_half_precision_translates_alike(flag, data_bin, checkpoint):
 ])
 def test_what_is_not_taken_is_named(arguments, message, data_bin, checkpoint):
     assert_refused((data_bin, "--path", checkpoint, *arguments.split()), message)
+
+
+def test_every_option_of_generation_is_taken_or_refused():
+    """A new one of fairseq's must not be ignored; what stands here fairseq's own main sees to, or fairseq ignores."""
+    from fairseq.dataclass.configs import GenerationConfig
+
+    of_main = {"nbest", "unnormalized", "prefix_size", "print_alignment", "replace_unk", "sacrebleu", "no_seed_provided"}
+    without_effect = {"no_early_stop", "no_beamable_mm"}  # deprecated there
+    taken = {*generate._SAME_NAME, *generate._ZERO_FOR_NONE, *of_main, *without_effect}
+    known = {field.name for field in dataclasses.fields(GenerationConfig) if not field.name.startswith("_")}
+    assert taken <= known
+    changed = {name: object() for name in known - taken}
+    refused = {words.split()[0].removeprefix("--").replace("-", "_") for words in refused_options(changed, {})}
+    assert refused == known - taken
+
+
+def test_advice_on_dictionaries_names_what_there_is(tmp_path, checkpoint, data_bin):
+    (tmp_path / "data").mkdir()
+    for side in ("xx", "yy"):
+        (tmp_path / "data" / f"dict.{side}.txt").write_text("w1 1\n")
+    arguments = (tmp_path / "data", "--path", checkpoint, "-s", "xx", "-t", "yy")
+    assert_refused(arguments, "got 5; name the folder that the model was trained on, which is --data-bin of "
+                              "lightseq-export and the first argument of lightseq-generate")
 
 
 def assert_refused(arguments: tuple[object, ...], message: str) -> None:

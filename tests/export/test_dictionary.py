@@ -58,7 +58,7 @@ def test_real_dictionaries(data_bin):
 
 
 def test_other_files(tmp_path):
-    with pytest.raises(ExportError, match="dict.en.txt: no such dictionary; pass --data-bin"):
+    with pytest.raises(ExportError, match="dict.en.txt: no such dictionary; name the folder"):
         load_symbols(tmp_path / "dict.en.txt")
     with pytest.raises(ExportError, match="cannot be read"):
         load_symbols(tmp_path)

@@ -153,6 +153,22 @@ def test_names_of_old_checkpoints(tmp_path, data_bin):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+UNUSED = [f"{module}_{part}" for module in ("in_proj", "out_proj", "fc1", "fc2") for part in ("weight", "bias")]
+
+
+def test_unused_copies_of_fairseq_0_12_2_are_dropped(tmp_path, data_bin):
+    """Its encoder layers hold eight tensors that nothing reads; the same names elsewhere are unexpected."""
+    state, model = state_of(data_bin, *TINY)
+    copies = {f"encoder.layers.{i}.{name}": torch.zeros(1) for i in range(len(model.encoder.layers)) for name in UNUSED}
+    torch.save({**state, "model": state["model"] | copies}, tmp_path / "copies.pt")
+    exported = from_checkpoints([tmp_path / "copies.pt"])
+    assert not copies.keys() & exported.tensors.keys()
+    for strange in ("decoder.layers.0.fc1_weight", "encoder.layers.0.fc3_weight"):
+        torch.save({**state, "model": state["model"] | {strange: torch.zeros(1)}}, tmp_path / "strange.pt")
+        with pytest.raises(ExportError, match=strange):
+            from_checkpoints([tmp_path / "strange.pt"])
+
+
 def test_old_decoders_without_a_final_norm_and_untied_output(tmp_path, data_bin):
     state, model = state_of(data_bin, *UNTIED, "--decoder-normalize-before")
     weights = state["model"]
@@ -241,14 +257,14 @@ def test_dictionaries_are_looked_for_and_compared(tmp_path, data_bin):
     state, _ = state_of(data_bin, *TINY)
     vars(state["cfg"]["model"])["data"] = f"{tmp_path / 'gone'}:{data_bin}"
     torch.save(state, tmp_path / "c.pt")
-    with pytest.raises(ExportError, match="expected dict.xx.txt and dict.yy.txt in .*gone, got no .* pass --data-bin"):
+    with pytest.raises(ExportError, match="expected dict.xx.txt and dict.yy.txt in .*gone, got no .* name the folder"):
         from_checkpoints([tmp_path / "c.pt"])
     assert from_checkpoints([tmp_path / "c.pt"], data_bin=data_bin).source_lang == "xx"
     other = tmp_path / "other"
     other.mkdir()
     for language in ("xx", "yy"):
         (other / f"dict.{language}.txt").write_text("a 1\nb 1\n")
-    with pytest.raises(ExportError, match="expected a source dictionary of 48 types, got 6; pass --data-bin"):
+    with pytest.raises(ExportError, match="expected a source dictionary of 48 types, got 6; name the folder"):
         from_checkpoints([tmp_path / "c.pt"], data_bin=other)
 
 
