@@ -224,8 +224,8 @@ def test_every_option_of_generation_is_taken_or_refused():
     """A new one of fairseq's must not be ignored; what stands here fairseq's own main sees to, or fairseq ignores."""
     from fairseq.dataclass.configs import GenerationConfig
 
-    of_main = {"nbest", "unnormalized", "prefix_size", "print_alignment", "replace_unk", "sacrebleu", "no_seed_provided"}
-    without_effect = {"no_early_stop", "no_beamable_mm"}  # deprecated there
+    of_main = {"nbest", "unnormalized", "prefix_size", "print_alignment", "replace_unk", "no_seed_provided"}
+    without_effect = {"no_early_stop", "no_beamable_mm", "sacrebleu"}
     taken = {*generate._SAME_NAME, *generate._ZERO_FOR_NONE, *of_main, *without_effect}
     known = {field.name for field in dataclasses.fields(GenerationConfig) if not field.name.startswith("_")}
     assert taken <= known

@@ -5,9 +5,7 @@ On the CPU the steps run without a graph, everything else being the same; --devi
 
 from __future__ import annotations
 
-import logging
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +13,10 @@ import torch
 import lightseq_fairseq.plugin  # noqa: F401
 from lightseq_fairseq.plugin.ls_trainer import LSTrainer
 from tests import tolerances
-from tests.conftest import training_args
+from tests.plugin import recorded_run
+from tests.plugin.recorded_run import SIZES
 
-SIZES = [flag for side in ("encoder", "decoder") for flag in (
-    f"--{side}-layers", "2", f"--{side}-embed-dim", "32", f"--{side}-ffn-embed-dim", "48",
-    f"--{side}-attention-heads", "4")]
-RECIPE = ["--dropout", "0", "--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "5",
-          "--label-smoothing", "0.1", "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0",
-          "--max-tokens", "250", "--max-update", "20", "--disable-validation", "--no-progress-bar",
-          "--num-workers", "0", *SIZES]
+RECIPE = ["--dropout", "0", *recorded_run.RECIPE, *SIZES]
 OURS = ["--arch", "ls_transformer", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam"]
 STOCK = ["--arch", "transformer", "--criterion", "label_smoothed_cross_entropy", "--optimizer", "adam"]
 CASES = {
@@ -36,44 +29,8 @@ CASES = {
 }
 
 
-class Run:
-    """One training: ``logs`` of each update as the criterion reduced them, the ``trainer`` as it ended."""
-
+class Run(recorded_run.Run):
     recipe = RECIPE
-
-    def __init__(self, data: Path, save_dir: Path, monkeypatch, device, trainer_class, *flags: str) -> None:
-        from fairseq import checkpoint_utils
-        from fairseq.tasks import FairseqTask
-        from fairseq_cli import train
-
-        self.logs: list[dict] = []
-        runs = self
-
-        class Recorded(trainer_class):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                runs.trainer = self
-
-        reduce_metrics = FairseqTask.reduce_metrics
-
-        def record(task, logs, criterion):
-            self.logs.append({key: float(sum(log[key] for log in logs)) for key in logs[0]})
-            reduce_metrics(task, logs, criterion)
-
-        args = training_args(data, *self.recipe, *flags, "--save-dir", str(save_dir))
-        args.cpu, args.distributed_world_size = device.type == "cpu", 1
-        with monkeypatch.context() as patch:
-            patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))
-            patch.setattr(FairseqTask, "reduce_metrics", record)
-            patch.setattr(train, "Trainer", Recorded)
-            patch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
-            logging.disable(logging.INFO)
-            try:
-                train.main(args)
-            finally:
-                logging.disable(logging.NOTSET)
-        self.state = {name: value.detach().cpu().clone()
-                      for name, value in self.trainer.get_model().state_dict().items()}
 
 
 @pytest.fixture

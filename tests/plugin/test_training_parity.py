@@ -5,7 +5,6 @@ The toy corpus makes about 16 batches an epoch at --max-tokens 250, so that 20 u
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -16,17 +15,12 @@ import torch
 
 import lightseq_fairseq.plugin  # noqa: F401
 from tests import tolerances
-from tests.conftest import build_model, preprocess, training_args
+from tests.conftest import build_model, preprocess
+from tests.plugin.recorded_run import RECIPE, SIZES, Run
 
 MULTI30K = Path(__file__).parents[3] / "shared" / "data" / "multi30k"
-SIZES = [flag for side in ("encoder", "decoder") for flag in (
-    f"--{side}-layers", "2", f"--{side}-embed-dim", "32", f"--{side}-ffn-embed-dim", "48",
-    f"--{side}-attention-heads", "4")]
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0", "--activation-dropout", "0"]
 DROPOUT = ["--dropout", "0.2", "--attention-dropout", "0.1", "--activation-dropout", "0.1"]
-RECIPE = ["--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "5", "--label-smoothing", "0.1",
-          "--adam-betas", "(0.9, 0.98)", "--weight-decay", "0.01", "--clip-norm", "1.0", "--max-tokens", "250",
-          "--max-update", "20", "--disable-validation", "--no-progress-bar", "--num-workers", "0"]
 PRE_NORM = ["--encoder-normalize-before", "--decoder-normalize-before"]
 CASES = {
     "post-LN": ("transformer", []),
@@ -46,44 +40,17 @@ def ours(arch: str) -> list[str]:
     return ["--arch", f"ls_{arch}", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam"]
 
 
-class Run:
-    """One fairseq-train: ``losses`` and ``norms`` of each update it made, ``model`` as it ended."""
+def train(data: Path, save_dir: Path, monkeypatch, *flags: str) -> Run:
+    """fairseq-train on the CPU."""
+    from fairseq.trainer import Trainer
 
-    def __init__(self, data: Path, save_dir: Path, monkeypatch, *flags: str) -> None:
-        from fairseq import checkpoint_utils
-        from fairseq.tasks import FairseqTask
-        from fairseq.trainer import Trainer
-        from fairseq_cli import train
-
-        self.save_dir, self.losses, self.norms = save_dir, [], []
-        reduce_metrics, clip_grad_norm = FairseqTask.reduce_metrics, Trainer.clip_grad_norm
-
-        def record_loss(task, logs, criterion):
-            self.losses.append(sum(float(log["loss"]) for log in logs) / sum(log["sample_size"] for log in logs))
-            reduce_metrics(task, logs, criterion)
-
-        def record_norm(trainer, clip_norm):
-            norm = clip_grad_norm(trainer, clip_norm)
-            self.norms.append(float(norm))
-            self.model = trainer.model
-            return norm
-
-        args = training_args(data, *RECIPE, *flags, "--save-dir", str(save_dir))
-        with monkeypatch.context() as patch:
-            patch.setattr(FairseqTask, "reduce_metrics", record_loss)
-            patch.setattr(Trainer, "clip_grad_norm", record_norm)
-            patch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
-            logging.disable(logging.INFO)
-            try:
-                train.main(args)
-            finally:
-                logging.disable(logging.NOTSET)
+    return Run(data, save_dir, monkeypatch, torch.device("cpu"), Trainer, *flags)
 
 
 @pytest.fixture
 def run(data_bin, tmp_path, monkeypatch):
     number = iter(range(10))
-    return lambda *flags: Run(data_bin, tmp_path / f"run{next(number)}", monkeypatch, *flags)
+    return lambda *flags: train(data_bin, tmp_path / f"run{next(number)}", monkeypatch, *flags)
 
 
 def assert_same_curve(got: list[float], want: list[float]):
@@ -95,7 +62,7 @@ def test_twenty_updates_follow_fairseqs_loss_curve(run, case):
     arch, flags = CASES[case]
     got, want = (run(*three(arch), *SIZES, *NO_DROPOUT, *flags, "--no-save") for three in (ours, stock))
     assert len(want.losses) == 20 and want.losses[-1] < 0.9 * want.losses[0], "there must be something to learn"
-    assert type(got.model) is not type(want.model)
+    assert type(got.trainer.get_model()) is not type(want.trainer.get_model())
     assert_same_curve(got.losses, want.losses)
     torch.testing.assert_close(torch.tensor(got.norms), torch.tensor(want.norms), rtol=1e-3, atol=0)
 
@@ -124,8 +91,8 @@ def multi30k(tmp_path_factory) -> Path:
 
 
 def test_twenty_updates_on_real_text(multi30k, tmp_path, monkeypatch):
-    got, want = (Run(multi30k, tmp_path, monkeypatch, *three("transformer_iwslt_de_en"), *SIZES, *NO_DROPOUT,
-                     "--max-tokens", "1000", "--no-save") for three in (ours, stock))
+    got, want = (train(multi30k, tmp_path, monkeypatch, *three("transformer_iwslt_de_en"), *SIZES, *NO_DROPOUT,
+                       "--max-tokens", "1000", "--no-save") for three in (ours, stock))
     assert len(want.losses) == 20 and want.losses[-1] < 0.9 * want.losses[0]
     assert_same_curve(got.losses, want.losses)
 
@@ -141,9 +108,8 @@ def test_resumed_run_continues_bit_for_bit(run, three, stop):
     done = len(whole.losses) - len(resumed.losses)
     assert 0 < done < 20 and torch.load(whole.save_dir / stop)["optimizer_history"][-1]["num_updates"] == done
     assert resumed.losses == whole.losses[done:]
-    want = whole.model.state_dict()
-    for name, value in resumed.model.state_dict().items():
-        assert torch.equal(value, want[name]), name
+    for name, value in resumed.state.items():
+        assert torch.equal(value, whole.state[name]), name
 
 
 @pytest.mark.parametrize("first, then", [(stock, ours), (ours, stock)], ids=["stock to ours", "ours to stock"])
@@ -169,7 +135,7 @@ def test_fairseq_without_us_goes_on_from_our_checkpoint(run, data_bin, tmp_path)
     assert "(epoch 1 @ 8 updates)" in log.stdout and "lightseq" not in log.stdout.replace("ls_transformer", "")
     state = torch.load(tmp_path / "stock" / "checkpoint_last.pt")
     assert state["optimizer_history"][-1]["num_updates"] == 20
-    for name, value in begun.model.state_dict().items():  # 8 updates together, 12 alike but for rounding
+    for name, value in begun.state.items():  # 8 updates together, 12 alike but for rounding
         torch.testing.assert_close(state["model"][name], value, rtol=0, atol=1e-3)
 
 
