@@ -34,13 +34,14 @@ ROOMS = {
     "optim": Room("ops", "torch"),
     "layers": Room("ops config", "torch"),
     "fairseq_compat": Room("", "torch numpy", "fairseq omegaconf"),
-    "plugin": Room("fairseq_compat layers ops optim config", "torch numpy fairseq omegaconf"),
+    "plugin": Room("fairseq_compat layers ops optim config", "torch numpy fairseq omegaconf", "deepspeed"),
     "model_file": Room("config", "torch numpy google h5py"),
     "export": Room("model_file config", "torch numpy", "fairseq_compat fairseq"),
     "generator": Room("model_file layers ops config", "torch numpy"),
     "inference": Room("generator model_file config", "torch numpy"),
     "cli": Room(),
     "cli.train": Room("plugin fairseq_compat"),
+    "cli.deepspeed": Room("cli.train plugin"),
     "cli.hydra_train": Room("cli.train fairseq_compat"),
     "cli.validate": Room("plugin fairseq_compat"),
     "cli.export": Room("export model_file", "torch tqdm"),
@@ -119,7 +120,7 @@ def test_registration_is_the_plugin_s_alone():
     """Nothing but the package's own ``register`` and the training command lines loads the plugin."""
     users = {room_of(module) for module, path in modules()
              for imported, _ in imports(ast.parse(path.read_text())) if imported.startswith("lightseq_fairseq.plugin")}
-    assert users <= {"__init__", "plugin", "cli.train", "cli.validate"}
+    assert users <= {"__init__", "plugin", "cli.train", "cli.validate", "cli.deepspeed"}
 
 
 def test_kernels_know_no_torch():
