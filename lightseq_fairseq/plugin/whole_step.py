@@ -148,9 +148,17 @@ class WholeStep:
 
     def _capture(self, bucket: Bucket, first: bool, last: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            self._run(bucket, first, last)
-        self.pool = graph.pool()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()  # what the eager update held; torch.cuda.graph would do so, and wait, every time
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                self._run(bucket, first, last)
+            finally:
+                graph.capture_end()
         return graph
 
     def _run(self, bucket: Bucket, first: bool, last: bool) -> None:
