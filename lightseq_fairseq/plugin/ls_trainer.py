@@ -25,6 +25,7 @@ from lightseq_fairseq.plugin.flat_storage import FlatStorage
 from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
 from lightseq_fairseq.plugin.ls_transformer import LSTransformerModel
 from lightseq_fairseq.plugin.packed_batch import PACKED, PackedBatch, PackingCollater
+from lightseq_fairseq.plugin.pair_collater import PairCollater
 from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class LSTrainer(Trainer):
         first = self._train_iterator is None
         iterator = self._train_iterator = super().get_train_iterator(*args, **kwargs)
         if self.obstacle is None and not isinstance(iterator.collate_fn, PackingCollater):
-            iterator.collate_fn = self._packer(iterator.collate_fn)
+            iterator.collate_fn = self._packer(PairCollater.instead_of(iterator.collate_fn))
             if BalancedShards.suit(iterator):
                 iterator.ordered_batches = BalancedShards(iterator)
         elif first and self.obstacle is not None and self.device.type in self.whole_step_devices:

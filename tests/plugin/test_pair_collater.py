@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lightseq_fairseq.plugin  # noqa: F401
+from lightseq_fairseq.plugin.ls_trainer import LSTrainer
 from lightseq_fairseq.plugin.packed_batch import PACKED, PackingCollater
 from lightseq_fairseq.plugin.pair_collater import PairCollater
+from tests.conftest import build_model, training_args
 
 PAD, EOS = 1, 2
 
@@ -75,3 +76,16 @@ def test_other_collaters_are_left_alone():
         return examples
 
     assert PairCollater.instead_of(collate) is collate
+
+
+def test_whole_steps_use_it(data_bin, monkeypatch):
+    """From the data loader on; nothing else notices if they do not."""
+    monkeypatch.setattr(LSTrainer, "whole_step_devices", ("cpu",))
+    flags = ["--arch", "ls_transformer", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam",
+             "--max-tokens", "250", "--encoder-layers", "1", "--decoder-layers", "1", "--encoder-embed-dim", "8",
+             "--decoder-embed-dim", "8"]
+    task, model = build_model(data_bin, *flags)
+    task.load_dataset("train")
+    args = training_args(data_bin, *flags)
+    iterator = LSTrainer(args, task, model, task.build_criterion(args)).get_train_iterator(1, load_dataset=False)
+    assert isinstance(iterator.collate_fn.collate, PairCollater)
