@@ -3,9 +3,10 @@
 
     python scripts/benchmark_generate.py [--sizes base,demo] [--batches 1,8,32] [--dtype fp32]
 
-``demo`` is the model that scripts/demo.sh trains. One Transformer with random weights serves all; every output has exactly --length tokens, so that all do the same work.
-CTranslate2 is left out where it is not installed (pip install ctranslate2). Results go to
-scripts/results/generate[_cpu].json and .png: milliseconds a batch, medians over alternating repeats.
+``demo`` is the model that scripts/demo.sh trains. One Transformer with random weights serves all; every output has
+exactly --length tokens, so that all do the same work. CTranslate2 is left out where it is not installed (pip install
+ctranslate2). Results go to scripts/results/generate[_cpu].json and .png: milliseconds a batch, medians over alternating
+repeats.
 """
 
 from __future__ import annotations
