@@ -62,37 +62,38 @@ inline Vector exponential(Vector x) {
 }
 
 // One tile of a linear map: ROWS rows of x (ROWS, inner), TILE_VECTORS vectors of columns of a panel (inner, PANEL).
-// `valid` columns are written to out (ROWS, columns) and read from the residual, which may be out itself.
+// `valid` columns are read from the residual, if there is one, and written to out, which may be the residual.
 template <int ROWS>
-void tile(float* out, const float* x, const float* panel, const float* bias, const float* residual, int inner,
-          int columns, int valid, bool relu) {
-  Vector sums[ROWS][TILE_VECTORS] = {};
+void tile(Rows out, Rows x, Rows residual, const float* panel, const float* bias, int inner, int valid, bool relu) {
+  Vector sums[ROWS][TILE_VECTORS];
+  for (int n = 0; n < TILE_VECTORS; ++n) {
+    for (int row = 0; row < ROWS; ++row) sums[row][n] = load(bias + n * W);
+  }
   for (int k = 0; k < inner; ++k) {
     Vector weights[TILE_VECTORS];
     for (int n = 0; n < TILE_VECTORS; ++n) weights[n] = load(panel + k * PANEL + n * W);
     for (int row = 0; row < ROWS; ++row) {
-      const float value = x[static_cast<int64_t>(row) * inner + k];
+      const float value = x.at(row)[k];
       for (int n = 0; n < TILE_VECTORS; ++n) sums[row][n] += value * weights[n];
     }
   }
   for (int row = 0; row < ROWS; ++row) {
-    const int64_t at = static_cast<int64_t>(row) * columns;
-    for (int n = 0; n < TILE_VECTORS; ++n) {
-      Vector y = sums[row][n] + load(bias + n * W);
-      if (relu) y = larger(y, Vector{});
-      const int left = valid - n * W;
-      if (left >= W) {
-        store(out + at + n * W, residual ? y + load(residual + at + n * W) : y);
-      } else {
-        float lanes[W];
-        store(lanes, y);
-        for (int i = 0; i < left; ++i) out[at + n * W + i] = lanes[i] + (residual ? residual[at + n * W + i] : 0.0f);
+    for (int n = 0; relu && n < TILE_VECTORS; ++n) sums[row][n] = larger(sums[row][n], Vector{});
+    float* const to = out.at(row);
+    const float* const addend = residual.data ? residual.at(row) : nullptr;
+    if (valid >= TILE_VECTORS * W) {
+      for (int n = 0; n < TILE_VECTORS; ++n) {
+        store(to + n * W, addend ? sums[row][n] + load(addend + n * W) : sums[row][n]);
       }
+    } else {
+      float lanes[TILE_VECTORS * W];
+      for (int n = 0; n < TILE_VECTORS; ++n) store(lanes + n * W, sums[row][n]);
+      for (int i = 0; i < valid; ++i) to[i] = lanes[i] + (addend ? addend[i] : 0.0f);
     }
   }
 }
 
-using Tile = void (*)(float*, const float*, const float*, const float*, const float*, int, int, int, bool);
+using Tile = void (*)(Rows, Rows, Rows, const float*, const float*, int, int, bool);
 
 template <int... ROWS>
 constexpr std::array<Tile, sizeof...(ROWS)> tiles_of(std::integer_sequence<int, ROWS...>) {
@@ -101,37 +102,37 @@ constexpr std::array<Tile, sizeof...(ROWS)> tiles_of(std::integer_sequence<int, 
 
 constexpr auto TILES = tiles_of(std::make_integer_sequence<int, TILE_ROWS>{});  // of 1 row, of 2 rows...
 
-// y (rows, f.out) = act(x (rows, f.in) weight^T + bias) [+ residual]; a panel of the weight stays in the first cache
-// while all rows go by.
-inline void linear(float* y, const float* x, int rows, const Linear& f, const float* residual = nullptr,
-                   bool relu = false) {
+// y (rows, f.out) = act(x (rows, f.in) weight^T + bias) [+ residual], where the residual may be y. A panel of the
+// weight stays in a cache while all rows go by.
+inline void linear(Rows y, Rows x, int rows, const Linear& f, Rows residual = {}, bool relu = false) {
   const int blocks = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int panel = 0; panel < f.out; panel += PANEL) {
+    const float* const weights = f.panels + static_cast<int64_t>(panel) * f.in;
     for (int column = panel; column < std::min(panel + PANEL, f.out); column += TILE_VECTORS * W) {
-      const float* weights = f.panels + static_cast<int64_t>(panel) * f.in + (column - panel);
       for (int block = 0; block < blocks; ++block) {
         const int row = rows * block / blocks, end = rows * (block + 1) / blocks;  // tiles of like height
-        const int64_t at = static_cast<int64_t>(row) * f.out + column;
-        TILES[end - row - 1](y + at, x + static_cast<int64_t>(row) * f.in, weights, f.bias + column,
-                             residual ? residual + at : nullptr, f.in, f.out, f.out - column, relu);
+        TILES[end - row - 1](y.from(row, column), x.from(row, 0), residual.data ? residual.from(row, column) : residual,
+                             weights + (column - panel), f.bias + column, f.in, f.out - column, relu);
       }
     }
   }
 }
 
 // y (rows, C) = layer norm of x (rows, C); y may be x.
-inline void normalize(float* y, const float* x, int rows, int columns, const Norm& norm) {
-  for (int row = 0; row < rows; ++row, x += columns, y += columns) {
+inline void normalize(Rows y, Rows x, int rows, int columns, const Norm& norm) {
+  for (int row = 0; row < rows; ++row) {
+    const float* const from = x.at(row);
+    float* const to = y.at(row);
     Vector sum{}, squares{};
-    for (int i = 0; i < columns; i += W) sum += load(x + i);
+    for (int i = 0; i < columns; i += W) sum += load(from + i);
     const float mean = add_up(sum) / columns;
     for (int i = 0; i < columns; i += W) {
-      const Vector centred = load(x + i) - mean;
+      const Vector centred = load(from + i) - mean;
       squares += centred * centred;
     }
     const float rstd = 1.0f / std::sqrt(add_up(squares) / columns + norm.eps);
     for (int i = 0; i < columns; i += W) {
-      store(y + i, (load(x + i) - mean) * rstd * load(norm.weight + i) + load(norm.bias + i));
+      store(to + i, (load(from + i) - mean) * rstd * load(norm.weight + i) + load(norm.bias + i));
     }
   }
 }
@@ -152,38 +153,36 @@ inline void softmax(float* scores, int count) {
   for (int i = 0; i < padded; i += W) store(scores + i, load(scores + i) * factor);
 }
 
-// For each of a few queries: out (D,) = softmax(q (D,) keys^T) values over `count` keys, of which key(query, i) is
-// where number i begins, its value lying `to_value` floats behind. Queries and outputs are `q_step` and `out_step` floats
-// apart. The softmaxes are left in scores (queries, room); stages go by all queries, so that none waits for itself.
+// For each of a few queries (queries, D): out (D,) = softmax(q (D,) keys^T) values over `count` keys, of which
+// key(query, i) is where number i begins, its value lying `to_value` floats behind. The softmaxes are left in scores
+// (queries, room); stages go by all queries, so that none waits for itself.
 template <typename Key>
-inline void attend(float* out, int out_step, const float* q, int q_step, int queries, int count, int head_dim,
-                   int to_value, float* scores, int room, Key&& key) {
+inline void attend(Rows out, Rows q, int queries, int count, int head_dim, int to_value, Rows scores, Key&& key) {
   for (int query = 0; query < queries; ++query) {
     for (int i = 0; i < count; ++i) {
       const float* const k = key(query, i);
       Vector sum{};
-      for (int d = 0; d < head_dim; d += W) sum += load(q + query * q_step + d) * load(k + d);
-      scores[query * room + i] = add_up(sum);
+      for (int d = 0; d < head_dim; d += W) sum += load(q.at(query) + d) * load(k + d);
+      scores.at(query)[i] = add_up(sum);
     }
   }
-  for (int query = 0; query < queries; ++query) softmax(scores + query * room, count);
+  for (int query = 0; query < queries; ++query) softmax(scores.at(query), count);
   for (int query = 0; query < queries; ++query) {
     for (int d = 0; d < head_dim; d += W) {
       Vector sum{};
-      for (int i = 0; i < count; ++i) sum += scores[query * room + i] * load(key(query, i) + to_value + d);
-      store(out + query * out_step + d, sum);
+      for (int i = 0; i < count; ++i) sum += scores.at(query)[i] * load(key(query, i) + to_value + d);
+      store(out.at(query) + d, sum);
     }
   }
 }
 
-// What a sublayer of pre- or post-LN layers reads and leaves behind, x (rows, C) being the residual stream.
+// The residual stream x (rows, C) of pre- or post-LN layers, and room for what a sublayer reads, y (rows, C).
 struct Stream {
-  float* x;
-  float* y;
+  Rows x, y;
   int rows, columns;
   bool pre_norm;
 
-  const float* enter(const Norm& norm) const {
+  Rows enter(const Norm& norm) const {
     if (!pre_norm) return x;
     normalize(y, x, rows, columns, norm);
     return y;
@@ -193,9 +192,9 @@ struct Stream {
   }
 };
 
-inline void feed_forward(const Stream& stream, float* wide, const Layer& layer) {
-  linear(wide, stream.enter(layer.final_norm), stream.rows, layer.fc1, nullptr, true);
-  linear(stream.x, wide, stream.rows, layer.fc2, stream.x);
+inline void feed_forward(const Stream& stream, Rows hidden, const Layer& layer) {
+  linear(hidden, stream.enter(layer.final_norm), stream.rows, layer.fc1, {}, true);
+  linear(stream.x, hidden, stream.rows, layer.fc2, stream.x);
   stream.leave(layer.final_norm);
 }
 
@@ -206,18 +205,15 @@ inline void decode(const Decoder& model, const Step& step, int64_t begin, int64_
   int longest = step.step + 1;
   for (int64_t b = begin; b < end; ++b) longest = std::max(longest, step.source_length(b));
   Scratch scratch;
-  float* x = scratch.take(rows * columns);
-  float* y = scratch.take(rows * columns);
-  float* wide = scratch.take(rows * std::max(3 * columns, model.inner));
-  const int room = (longest + W - 1) / W * W;
-  float* scores = scratch.take(fed * room);
+  const Rows x = scratch.take(rows, columns), y = scratch.take(rows, columns);
+  const Rows wide = scratch.take(rows, 3 * columns), hidden = scratch.take(rows, model.inner);
+  const Rows scores = scratch.take(fed, longest);
   const Stream stream{x, y, rows, columns, model.pre_norm};
 
   for (int row = 0; row < rows; ++row) {
-    const float* embedding = model.embeddings + step.tokens[begin * fed + row] * columns;
+    const float* const embedding = model.embeddings + step.tokens[begin * fed + row] * columns;
     for (int i = 0; i < columns; i += W) {
-      const Vector position = model.position ? load(model.position + i) : Vector{};
-      store(x + row * columns + i, load(embedding + i) + position);
+      store(x.at(row) + i, load(embedding + i) + (model.position ? load(model.position + i) : Vector{}));
     }
   }
   if (model.embedding_norm.weight) normalize(x, x, rows, columns, model.embedding_norm);
@@ -226,18 +222,18 @@ inline void decode(const Decoder& model, const Step& step, int64_t begin, int64_
     const Layer& layer = model.layers[index];
     linear(wide, stream.enter(layer.self_norm), rows, layer.qkv);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = (b - begin) * fed;
+      const int first = static_cast<int>(b - begin) * fed;
+      const int32_t* const path = step.path(b);  // (capacity, K): the slots that each beam came through
       for (int head = 0; head < model.heads; ++head) {
         float* const slots = step.slots(b, index, head);  // (capacity, K, 2, D)
-        const float* const qkv = wide + first * 3 * columns + head * head_dim;
+        const Rows q = wide.from(first, head * head_dim);
         for (int k = 0; k < fed; ++k) {
           float* const slot = slots + (int64_t{step.step} * beam + k) * 2 * head_dim;
-          std::copy_n(qkv + (3 * k + 1) * columns, head_dim, slot);
-          std::copy_n(qkv + (3 * k + 2) * columns, head_dim, slot + head_dim);
+          std::copy_n(q.at(k) + columns, head_dim, slot);
+          std::copy_n(q.at(k) + 2 * columns, head_dim, slot + head_dim);
         }
-        const int32_t* const path = step.path(b);  // (capacity, K): the slots that each beam came through
-        attend(y + first * columns + head * head_dim, columns, qkv, 3 * columns, fed, step.step + 1, head_dim, head_dim,
-               scores, room, [&](int k, int t) { return slots + (t * beam + path[t * beam + k]) * 2 * head_dim; });
+        attend(y.from(first, head * head_dim), q, fed, step.step + 1, head_dim, head_dim, scores,
+               [&](int k, int t) { return slots + (t * beam + path[t * beam + k]) * 2 * head_dim; });
       }
     }
     linear(x, y, rows, layer.out, x);
@@ -247,16 +243,14 @@ inline void decode(const Decoder& model, const Step& step, int64_t begin, int64_
       linear(wide, stream.enter(layer.cross_norm), rows, layer.cross_q);
       float* const weights = index == model.num_layers - 1 ? step.attention : nullptr;
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = (b - begin) * fed;
-        const int length = step.source_length(b);
+        const int first = static_cast<int>(b - begin) * fed, length = step.source_length(b);
         for (int head = 0; head < model.heads; ++head) {
           const float* const source = step.source(b, index, head);  // (S, 2, D)
-          const int64_t at = first * columns + head * head_dim;
-          attend(y + at, columns, wide + at, columns, fed, length, head_dim, head_dim, scores, room,
-                 [&](int, int i) { return source + i * 2 * head_dim; });
+          attend(y.from(first, head * head_dim), wide.from(first, head * head_dim), fed, length, head_dim, head_dim,
+                 scores, [&](int, int i) { return source + i * 2 * head_dim; });
           for (int k = 0; weights && k < fed; ++k) {
             for (int i = 0; i < length; ++i) {
-              weights[(b * fed + k) * step.attention_width + i] += scores[k * room + i] / model.heads;
+              weights[(b * fed + k) * step.attention_width + i] += scores.at(k)[i] / model.heads;
             }
           }
         }
@@ -264,45 +258,45 @@ inline void decode(const Decoder& model, const Step& step, int64_t begin, int64_
       linear(x, y, rows, layer.cross_out, x);
       stream.leave(layer.cross_norm);
     }
-
-    feed_forward(stream, wide, layer);
+    feed_forward(stream, hidden, layer);
   }
+  const int types = model.output.out;
   if (model.final_norm.weight) normalize(x, x, rows, columns, model.final_norm);
-  linear(step.logits + begin * fed * model.output.out, x, rows, model.output);
+  linear({step.logits + begin * fed * types, types}, x, rows, model.output);
 }
 
-// Sentences [begin, end) through all layers of an encoder, in place: x (N, C) packed.
-inline void encode(const Encoder& model, float* x, const int32_t* cu_seqlens, int64_t begin, int64_t end) {
+// Sentences [begin, end) through all layers of an encoder, in place: packed (N, C).
+inline void encode(const Encoder& model, float* packed, const int32_t* cu_seqlens, int64_t begin, int64_t end) {
   constexpr int QUERIES = 8;
   const int columns = model.columns, head_dim = columns / model.heads, rows = cu_seqlens[end] - cu_seqlens[begin];
   int longest = 1;
   for (int64_t b = begin; b < end; ++b) longest = std::max(longest, cu_seqlens[b + 1] - cu_seqlens[b]);
-  const int room = (longest + W - 1) / W * W;
   Scratch scratch;
-  float* y = scratch.take(rows * columns);
-  float* wide = scratch.take(rows * std::max(3 * columns, model.inner));
-  float* scores = scratch.take(QUERIES * room);
-  x += int64_t{cu_seqlens[begin]} * columns;
+  const Rows x = scratch.take(rows, columns), y = scratch.take(rows, columns);
+  const Rows wide = scratch.take(rows, 3 * columns), hidden = scratch.take(rows, model.inner);
+  const Rows scores = scratch.take(QUERIES, longest);
   const Stream stream{x, y, rows, columns, model.pre_norm};
+  const Rows outside{packed + int64_t{cu_seqlens[begin]} * columns, columns};
+  for (int row = 0; row < rows; ++row) std::copy_n(outside.at(row), columns, x.at(row));
 
   for (const Layer& layer : model.layers) {
     linear(wide, stream.enter(layer.self_norm), rows, layer.qkv);
     for (int64_t b = begin; b < end; ++b) {
       const int first = cu_seqlens[b] - cu_seqlens[begin], length = cu_seqlens[b + 1] - cu_seqlens[b];
       for (int column = 0; column < columns; column += head_dim) {
-        const float* const qkv = wide + first * 3 * columns + column;
-        for (int row = 0; row < length; row += QUERIES) {
-          attend(y + (first + row) * columns + column, columns, qkv + row * 3 * columns, 3 * columns,
-                 std::min(QUERIES, length - row), length, head_dim, columns, scores, room,
-                 [&](int, int i) { return qkv + (3 * i + 1) * columns; });
+        const Rows keys = wide.from(first, columns + column);
+        for (int query = 0; query < length; query += QUERIES) {
+          attend(y.from(first + query, column), wide.from(first + query, column), std::min(QUERIES, length - query),
+                 length, head_dim, columns, scores, [&](int, int i) { return keys.at(i); });
         }
       }
     }
     linear(x, y, rows, layer.out, x);
     stream.leave(layer.self_norm);
-    feed_forward(stream, wide, layer);
+    feed_forward(stream, hidden, layer);
   }
   if (model.final_norm.weight) normalize(x, x, rows, columns, model.final_norm);
+  for (int row = 0; row < rows; ++row) std::copy_n(x.at(row), columns, outside.at(row));
 }
 
 // row (V,) becomes row - log sum exp(row).

@@ -1,6 +1,6 @@
-// lightseq_cpu::encode, decoder_step, log_softmax_ and best_continuations: generation of small models on the CPU,
-// where calls of single operators would take longer than their work. Schemas stand at the end; what they compute is
-// said in lightseq_fairseq/ops/cpu.py, and lightseq_fairseq/layers/compiled.py makes their arguments.
+// lightseq_cpu::encode, decoder_step, log_softmax_ and best_continuations: generation on the CPU. Schemas stand at the
+// end; what they compute is said in lightseq_fairseq/ops/cpu.py, and lightseq_fairseq/layers/compiled.py makes their
+// arguments.
 //
 // Only LibTorch's stable ABI is used, so one build serves every torch from 2.10 on and every Python.
 #include <torch/csrc/stable/library.h>
@@ -99,16 +99,27 @@ struct Step {
   }
 };
 
-// Memory of one thread's step, kept for its next; pieces are handed out from the front.
+// Rows of a matrix, `stride` floats apart.
+struct Rows {
+  float* data = nullptr;
+  int stride = 0;
+
+  float* at(int row) const { return data + static_cast<int64_t>(row) * stride; }
+  Rows from(int row, int column) const { return {at(row) + column, stride}; }
+};
+
+// Memory of one thread's call, kept for its next.
 class Scratch {
  public:
-  float* take(int64_t count) {
-    count = (count + 15) / 16 * 16;
+  // Rows lie an odd multiple of 512 bytes apart, so that a dozen of them do not compete for the same sets of a cache.
+  Rows take(int rows, int columns) {
+    const int stride = (columns + 127) / 256 * 256 + 128;
     auto& pieces = kept();
     if (next_ == pieces.size()) pieces.emplace_back();
     auto& piece = pieces[next_++];
-    if (static_cast<int64_t>(piece.size()) < count) piece.resize(count);
-    return piece.data();
+    const size_t count = static_cast<size_t>(rows) * stride;
+    if (piece.size() < count) piece.resize(count);
+    return {piece.data(), stride};
   }
 
  private:

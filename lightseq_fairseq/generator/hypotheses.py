@@ -172,7 +172,7 @@ def _rank_within(groups: Ints) -> Ints:
 def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Tensor, Tensor, Ints]:
     """Tokens, their own scores, and the beam that each was chosen for, (N, T); meaningless after the last step."""
     _, _, _, tokens, parents, scores = record  # (T, B, K) each
-    count = int(pool.steps.max(initial=-1)) + 1
+    count = max(pool.steps.tolist(), default=-1) + 1
     path = np.empty((count, pool.steps.size), np.int64)
     found, totals = np.empty_like(path), np.empty(path.shape, np.float32)
     beams = pool.beams

@@ -1,4 +1,4 @@
-"""The compiled CPU operators of decoding, ``lightseq_cpu``: fp32, for models so small that calls outweigh their work.
+"""The compiled CPU operators of generation, ``lightseq_cpu``, in fp32.
 
     encode               embedded sources through a whole encoder: see CompiledEncoder in layers/compiled.py
     decoder_step         one token of every beam through a whole decoder: see CompiledDecoder there

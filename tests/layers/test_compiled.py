@@ -105,11 +105,19 @@ def test_attention_is_the_last_layers_mean_over_heads():
 
 @pytest.mark.parametrize("changes", [
     dict(activation_fn="gelu"), dict(decoder_ffn_embed_dim=40), dict(decoder_attention_heads=6),
-    dict(cross_self_attention=True), dict(decoder_input_dim=16), dict(tgt_vocab_size=200_000)],
+    dict(cross_self_attention=True), dict(decoder_input_dim=16)],
     ids=lambda changes: next(iter(changes)))
 def test_other_decoders_are_left_to_pytorch(changes):
     _, decoder = build_config(dataclasses.replace(SIZES, **changes))
     assert not CompiledDecoder.serves(decoder)
+
+
+def test_many_threads_share_the_gemms_of_a_large_model(monkeypatch):
+    encoder, decoder = build_config(dataclasses.replace(SIZES, tgt_vocab_size=200_000))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    assert CompiledEncoder.serves(encoder) and not CompiledDecoder.serves(decoder)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert CompiledDecoder.serves(decoder)
 
 
 def test_other_types_are_left_to_pytorch():
