@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ register_model_architecture("ls_transformer", "users_ls_transformer")(ARCH_CONFI
 def command(program: list[str], *arguments: object) -> str:
     """Output of a command that must succeed."""
     result = subprocess.run([sys.executable, *program, *map(str, arguments)], capture_output=True, text=True,
-                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -136,6 +138,28 @@ def test_two_ranks_of_whole_steps_train_as_one_that_takes_batches_two_by_two(fla
     names = [name for name in one if not name.endswith("k_proj.bias")]
     want, got = (torch.cat([model[name].float().flatten() for name in names]) for model in (one, two))
     assert (got - want).norm() < (1e-2 if "--bf16" in flags else 1e-3) * want.norm()
+
+
+def test_two_nodes_started_by_torchrun_train_as_one_process(data_bin, tmp_path):
+    """As in configs/README.md, a node here being one process on the CPU."""
+    script = tmp_path / "node.py"
+    script.write_text(TWO_RANKS_ON_THE_CPU.format(WHOLE_STEPS).replace("lambda: 2", "lambda: 1"))
+    flags = [data_bin, *RECIPE, "--arch", "ls_transformer", "--disable-validation", "--max-update", 4]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "localhost",
+                "--master-port", port, "--node-rank"]
+    with ThreadPoolExecutor(2) as nodes:
+        outputs = list(nodes.map(
+            lambda node: command([*map(str, torchrun), str(node), str(script)], *flags, "--save-dir", tmp_path / "two",
+                                 "--distributed-world-size", 2, "--distributed-backend", "gloo"), range(2)))
+    lightseq_train(*flags, "--update-freq", 2, "--save-dir", tmp_path / "one")
+    want, got = (torch.load(tmp_path / name / "checkpoint_last.pt")["model"] for name in ("one", "two"))
+    for name, value in want.items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-3)
+    assert [len(logged(output, "train_inner")) for output in outputs] == [4, 0], "one rank writes the log"
 
 
 def test_a_users_own_user_dir_works_beside_ours(data_bin, user_dir, tmp_path):
