@@ -5,6 +5,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/prepare.sh"
 export OUT=$root/data/demo
+export OMP_WAIT_POLICY=passive  # threads that wait asleep leave a shared machine its cores
 
 echo "== data: a toy corpus made by a grammar (CC0)"
 if begin demo en de; then
@@ -18,9 +19,9 @@ echo "== training (log: $out/train.log)"
 if [ -e model.pb ]; then
   echo "done already, $out/model.pb is there"
 else
-  # tqdm draws its bar on standard error where that is a terminal; elsewhere a line appears every 50 updates. Threads
-  # that wait asleep leave a shared machine its cores. The warnings are fairseq's, about torch and hydra.
-  OMP_WAIT_POLICY=passive PYTHONWARNINGS=ignore \
+  # tqdm draws its bar on standard error where that is a terminal; elsewhere a line appears every 50 updates. The
+  # warnings are fairseq's, about torch and hydra.
+  PYTHONWARNINGS=ignore \
     lightseq-train data-bin -s en -t de --arch ls_transformer --share-all-embeddings --dropout 0.1 \
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4 \
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4 \
