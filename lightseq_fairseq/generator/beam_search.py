@@ -53,7 +53,7 @@ def decode(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], option
         return []
     if max_lens is None:
         max_lens = length_limits(models, src_tokens, options)
-    _check(models, src_tokens, options, prefix_tokens, max_lens)
+    check(models, src_tokens, options, prefix_tokens, max_lens)
     return _Decoding(models, src_tokens, options, prefix_tokens, max_lens, generator).run()
 
 
@@ -182,10 +182,8 @@ class _Decoding:
         source_lens = np.array([len(sentence) for sentence in self.src_tokens])
         ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None)
         found = self.history.best(self.max_lens, ranking, options.nbest, self.config.eos)
+        check_found(found)
         for sentence, hypotheses in enumerate(found):
-            if not hypotheses:
-                raise GenerationError(f"sentence {sentence} has no hypothesis because the model's probabilities are "
-                                      "not numbers (NaN); use --fp32 if it was run in fp16, or another checkpoint")
             if self.need_attention:
                 found[sentence] = [self._finish(h, self.src_tokens[sentence].cpu()) for h in hypotheses]
         return found
@@ -218,8 +216,16 @@ def _search_strategy(options: GenerationOptions, beam: int, eos: int, src_tokens
     return BeamSearch(beam, options.diversity_rate)
 
 
-def _check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
-           prefix_tokens: Tensor | None, max_lens: Sequence[int]) -> None:
+def check_found(found: list[list[Hypothesis]]) -> None:
+    """GenerationError if a sentence has no hypothesis."""
+    for sentence, hypotheses in enumerate(found):
+        if not hypotheses:
+            raise GenerationError(f"sentence {sentence} has no hypothesis because the model's probabilities are "
+                                  "not numbers (NaN); use --fp32 if it was run in fp16, or another checkpoint")
+
+
+def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
+          prefix_tokens: Tensor | None, max_lens: Sequence[int]) -> None:
     """GenerationError naming everything that does not fit together."""
     batch, wrong = len(src_tokens), []
     for name in ("tgt_vocab_size", "pad", "eos", "unk", "start"):

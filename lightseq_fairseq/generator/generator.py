@@ -16,11 +16,13 @@ from torch import Tensor
 
 from lightseq_fairseq import model_file
 from lightseq_fairseq.config import TransformerConfig
-from lightseq_fairseq.generator.beam_search import decode
+from lightseq_fairseq.generator.beam_search import decode, length_limits
+from lightseq_fairseq.generator.device_search import DeviceSearch
 from lightseq_fairseq.generator.hypotheses import Hypothesis
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.model_file import ModelFile
+from lightseq_fairseq.ops import _extension
 
 Path = str | os.PathLike[str]
 
@@ -41,6 +43,8 @@ class Generator:
         self.config: TransformerConfig = first.config
         self.src_symbols, self.tgt_symbols, self.decoding = first.src_symbols, first.tgt_symbols, first.decoding
         self.models = [Transformer(model, self.device, dtype) for model in models]
+        on_device = len(self.models) == 1 and self.device.type == "cuda" and _extension.loaded()
+        self.device_search = DeviceSearch(self.models[0]) if on_device else None
         self._src_indices: dict[str, int] | None = None
 
     @classmethod
@@ -60,7 +64,12 @@ class Generator:
         that replace the options'; ``draws`` samples in place of ``options.seed``.
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
-        return decode(self.models, src_tokens, options or GenerationOptions(), prefix_tokens, max_lens, draws)
+        options = options or GenerationOptions()
+        if self.device_search is not None and len(src_tokens):
+            limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
+            if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
+                return self.device_search.decode(src_tokens, options, prefix_tokens, limits)
+        return decode(self.models, src_tokens, options, prefix_tokens, max_lens, draws)
 
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
               prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,

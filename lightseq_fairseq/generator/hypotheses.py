@@ -6,7 +6,7 @@ the host once, and the best hypotheses are followed back from their last token t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,18 +120,7 @@ class History:
         self.keep(self.live[:0])
         record = [self._table([[step[i] for step in steps] for _, steps, _ in self._closed]).cpu().numpy()
                   for i in range(len(Step._fields))]
-        pool = _pool(record, np.asarray(last_steps), self.beam)
-        scores = ranking.scores(pool)
-        order = pool.best(scores, nbest)
-        pool, scores = pool.chosen(order), scores[order]
-        tokens, positional, path = _follow_back(pool, record, eos)
-        attention = self._attention_along(path, pool.sentences)
-        found: list[list[Hypothesis]] = [[] for _ in range(self.batch)]
-        for row, (sentence, step) in enumerate(zip(pool.sentences.tolist(), pool.steps.tolist(), strict=True)):
-            found[sentence].append(Hypothesis(
-                tokens[row, :step + 1], float(scores[row]), positional[row, :step + 1],
-                None if attention is None else attention[row, :step + 1]))
-        return found
+        return read(record, last_steps, ranking, nbest, eos, self._attention_along)
 
     def _table(self, columns: list[list[Tensor]]) -> Tensor:
         """Tensors (B', K, ...) of each stretch of steps -> (T, B, K, ...), 0 where a sentence had left."""
@@ -153,6 +142,29 @@ class History:
         steps, rows, beams = (torch.from_numpy(index).to(table.device)
                               for index in (np.arange(path.shape[1]), sentences[:, None], path))
         return table[steps, rows, beams].float().cpu()
+
+
+def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest: int, eos: int,
+         attention_along: Callable[[Ints, Ints], Tensor | None] = lambda path, sentences: None
+         ) -> list[list[Hypothesis]]:
+    """The ``nbest`` hypotheses of each sentence, best first; nothing after its ``last_steps`` counts.
+
+    ``record`` holds the columns of :class:`Step`, (T, B, K) each; ``attention_along`` (path, sentences) the attention
+    of the beams that hypotheses went through.
+    """
+    _, batch, beam = record[0].shape
+    pool = _pool(record, np.asarray(last_steps), beam)
+    scores = ranking.scores(pool)
+    order = pool.best(scores, nbest)
+    pool, scores = pool.chosen(order), scores[order]
+    tokens, positional, path = _follow_back(pool, record, eos)
+    attention = attention_along(path, pool.sentences)
+    found: list[list[Hypothesis]] = [[] for _ in range(batch)]
+    for row, (sentence, step) in enumerate(zip(pool.sentences.tolist(), pool.steps.tolist(), strict=True)):
+        found[sentence].append(Hypothesis(
+            tokens[row, :step + 1], float(scores[row]), positional[row, :step + 1],
+            None if attention is None else attention[row, :step + 1]))
+    return found
 
 
 def _pool(record: list[Array], last_steps: Ints, beam: int) -> Pool:

@@ -43,6 +43,7 @@ class InferenceLinear:
     """A linear map with fixed weight (O, I), optional bias (O,) and an activation by fairseq name."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str = "linear") -> None:
+        self.activation_name = activation
         self.activation = ACTIVATION_FUNCTIONS[activation] if activation != "linear" else None
         self.bias = bias
         self.prepacked = (_PREPACKED is not None and weight.device.type == "cpu" and weight.dtype == torch.float32

@@ -1,0 +1,379 @@
+// One step of beam search on the device (lightseq_fairseq/ops/beam_step.py has the rules and the shapes).
+//
+// statistics_of_tiles goes over the logits once. step_of_sentence, a block a sentence, needs of them only the tiles
+// that can hold one of the 2K best: those of the 2K largest maxima, beams compared with one another. Both selections
+// are made by warps over 32-bit keys in the order of the scores, equal keys in the order of beams and types.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/launch_chain.cuh"
+#include "../common/octet.cuh"
+#include "../common/reduce.cuh"
+
+namespace lightseq {
+namespace beam_step {
+
+constexpr int kTile = 64, kMaxBeam = 16, kMaxCandidates = 2 * kMaxBeam;
+constexpr int kTileLanes = kTile / kOctet, kTileThreads = 256;
+constexpr int kThreads = 1024, kWarps = kThreads / kWarp, kMerged = 8;  // lists of candidates left by a first merge
+
+// The vocabulary: types, columns of the logits (a multiple of kTile), special types.
+struct Types {
+  int count, columns, pad, eos, unk, last_special;
+
+  __device__ __forceinline__ bool ordinary(int type) const {
+    return type < count && type != pad && type != eos && type != unk;
+  }
+};
+
+// (3,) as GenerationOptions has them.
+struct Settings {
+  float temperature, unkpen, min_len;
+};
+
+struct State {
+  int *steps, *complete;
+  float* scores;
+  unsigned char* ancestors;
+  int* record;
+};
+
+// What is fed next: x (R, width) = scale * tokens[token] + positions[first + step]; positions may be null.
+template <typename T>
+struct Embedding {
+  T* x;
+  const T *tokens, *positions;
+  float scale;
+  int first, width;
+  bool octets;
+
+  template <int VEC>
+  __device__ __forceinline__ void write(long row, int token, int step, int column) const {
+    float y[VEC], position[VEC] = {};
+    load<VEC>(tokens + static_cast<long>(token) * width + column, y);
+    if (positions) load<VEC>(positions + static_cast<long>(first + step) * width + column, position);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) y[i] = y[i] * scale + position[i];
+    store<VEC>(x + row * width + column, y);
+  }
+
+  // By all threads of a block, for `rows` rows from `first_row` on.
+  __device__ __forceinline__ void write(long first_row, int rows, const int* token, int step) const {
+    const int columns = octets ? width / kOctet : width;
+    for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
+      const int k = i / columns, c = i % columns;
+      if (octets) {
+        write<kOctet>(first_row + k, token[k], step, c * kOctet);
+      } else {
+        write<1>(first_row + k, token[k], step, c);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ float tempered(float logit, float temperature) {
+  return temperature == 1.f ? logit : logit / temperature;
+}
+
+// Larger for larger x, never 0; that of -inf for what is no number.
+__device__ __forceinline__ unsigned key_of(float x) {
+  const unsigned bits = __float_as_uint(isnan(x) ? -INFINITY : x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float value_of(unsigned key) {
+  if (key == 0) return -INFINITY;
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+struct Choice {
+  unsigned key, id;  // key 0: none
+
+  __device__ __forceinline__ bool before(const Choice& other) const {
+    return key > other.key || (key == other.key && id < other.id);
+  }
+};
+
+// The `wanted` first of the `count` items of a warp, of which lane l has number l, l + 32 * apart...: item(i) is its
+// Choice, take(i) removes it. Written to `chosen` in order.
+template <typename Item, typename Take>
+__device__ __forceinline__ void select_by_warp(Choice* chosen, int wanted, int first, int count, int apart,
+                                               const Item& item, const Take& take) {
+  const int lane = threadIdx.x % kWarp;
+  Choice best;
+  int place;
+  const auto look = [&] {
+    best = {0, 0xffffffffu};
+    place = -1;
+    for (int i = first + lane; i < count; i += apart) {
+      const Choice other = item(i);
+      if (other.before(best)) {
+        best = other;
+        place = i;
+      }
+    }
+  };
+  look();
+  for (int n = 0; n < wanted; ++n) {
+    const unsigned top = __reduce_max_sync(0xffffffffu, best.key);
+    const unsigned id = __reduce_min_sync(0xffffffffu, best.key == top ? best.id : 0xffffffffu);
+    if (lane == 0) chosen[n] = {top, id};
+    if (best.key == top && best.id == id && place >= 0) {
+      take(place);
+      look();
+    }
+  }
+}
+
+using List = Choice[kMaxCandidates];
+
+// The `wanted` first of `lists` lists by a warp.
+__device__ __forceinline__ void merge_by_warp(Choice* chosen, List* lists, int count, int wanted) {
+  const auto at = [&](int i) -> Choice& { return lists[i / wanted][i % wanted]; };
+  select_by_warp(chosen, wanted, 0, count * wanted, kWarp, at, [&](int i) { at(i).key = 0; });
+}
+
+// The `wanted` first of all items by the whole block, to `chosen` (wanted,): each warp of its own, then of one
+// another's.
+template <typename Id>
+__device__ __forceinline__ void select(Choice* chosen, List* lists, List* merged, unsigned* keys, int count, int wanted,
+                                       const Id& id) {
+  const int warp = threadIdx.x / kWarp;
+  select_by_warp(
+      lists[warp], wanted, warp * kWarp, count, kThreads, [&](int i) { return Choice{keys[i], id(i)}; },
+      [&](int i) { keys[i] = 0; });
+  __syncthreads();
+  constexpr int kEach = kWarps / kMerged;
+  if (warp < kMerged) merge_by_warp(merged[warp], lists + warp * kEach, kEach, wanted);
+  __syncthreads();
+  if (warp == 0) merge_by_warp(chosen, merged, kMerged, wanted);
+  __syncthreads();
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// CUDA kernels
+
+// Eight lanes a tile; grid (tiles / (kTileThreads / 8), R). statistics (R, tiles), logits (R, columns).
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads)
+    statistics_of_tiles(float2* statistics, const T* logits, const Settings* settings, const Types types) {
+  const int lane = threadIdx.x % kTileLanes, tiles = types.columns / kTile, row = blockIdx.y;
+  const int tile =
+      min(static_cast<int>(blockIdx.x * (kTileThreads / kTileLanes) + threadIdx.x / kTileLanes), tiles - 1);
+  const int first = tile * kTile + lane * kOctet;
+  const bool plain = tile > types.last_special / kTile && (tile + 1) * kTile <= types.count;  // the same for all lanes
+  launch_next();
+  wait_for_previous();
+  const float temperature = settings->temperature;
+  float x[kOctet], top = -INFINITY, sum = 0.f;
+  load<kOctet>(logits + static_cast<long>(row) * types.columns + first, x);
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) {
+    x[i] = plain || first + i < types.count ? tempered(x[i], temperature) : -INFINITY;
+    top = fmaxf(top, x[i]);
+  }
+  float best = top;
+  if (!plain) {
+    best = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if (types.ordinary(first + i)) best = fmaxf(best, x[i]);
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < kTileLanes; apart *= 2) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, apart));
+    best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, apart));
+  }
+  const float origin = top == -INFINITY ? 0.f : top;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) sum += __expf(x[i] - origin);
+#pragma unroll
+  for (int apart = 1; apart < kTileLanes; apart *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
+  if (lane == 0) statistics[static_cast<long>(row) * tiles + tile] = make_float2(origin + __logf(sum), best);
+}
+
+// Sum of exp(x - max).
+struct LogSum {
+  float max = -INFINITY, sum = 0.f;
+
+  __device__ __forceinline__ void add(float log_sum) {
+    if (log_sum != -INFINITY) merge(log_sum, 1.f);
+  }
+
+  __device__ __forceinline__ void merge(float other_max, float other_sum) {
+    if (other_sum == 0.f) return;
+    const float top = fmaxf(max, other_max);
+    sum = sum * __expf(max - top) + other_sum * __expf(other_max - top);
+    max = top;
+  }
+
+  __device__ __forceinline__ void merge_warp() {
+#pragma unroll
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+      const float other_max = __shfl_xor_sync(0xffffffffu, max, apart);
+      merge(other_max, __shfl_xor_sync(0xffffffffu, sum, apart));
+    }
+  }
+};
+
+// A block a sentence: grid (B,). logits (R, columns), statistics (R, tiles), limits (B,), forced (B, steps), state as
+// in ops/beam_step.py. Dynamic shared memory: a key for each tile of each beam, or for each element of the chosen
+// tiles.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    step_of_sentence(const State state, const T* logits, const float2* statistics, const Settings* settings,
+                     const int* limits, const int* forced, int beam, int steps, const Types types,
+                     const Embedding<T> embedding) {
+  extern __shared__ unsigned keys[];
+  __shared__ List lists[kWarps], merged[kMerged], tile_choice, choice;
+  __shared__ LogSum partial[kWarps];
+  __shared__ float log_sum[kMaxBeam], score[kMaxBeam];
+  __shared__ int parent[kMaxBeam], token[kMaxBeam], going_on;
+  const int sentence = blockIdx.x, batch = gridDim.x, tiles = types.columns / kTile;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wanted = 2 * beam;
+  const long first_row = static_cast<long>(sentence) * beam;
+  logits += first_row * types.columns;
+  statistics += first_row * tiles;
+  launch_next();
+  wait_for_previous();
+  const int step = state.steps[sentence], old_complete = state.complete[sentence], limit = limits[sentence];
+  const float temperature = settings->temperature, unkpen = settings->unkpen;
+  const int must = forced[sentence * steps + step];
+  if (old_complete >= beam) return;
+  const int rows = step == 0 ? 1 : beam;  // all beams are still one
+  const auto score_of = [&](float x, int k, int type) {
+    return x - log_sum[k] - (type == types.unk ? unkpen : 0.f) + score[k];
+  };
+  const auto logit = [&](int k, int type) {
+    return tempered(to_float(logits[static_cast<long>(k) * types.columns + type]), temperature);
+  };
+
+  {  // warps w, w + rows, ... have a row
+    const int k = warp % rows, sharing = (kWarps - k + rows - 1) / rows;
+    LogSum mine;
+#pragma unroll 2
+    for (int t = warp / rows * kWarp + lane; t < tiles; t += sharing * kWarp) {
+      const float2 tile = statistics[k * tiles + t];
+      keys[k * tiles + t] = __float_as_uint(tile.y);
+      mine.add(tile.x);
+    }
+    mine.merge_warp();
+    if (lane == 0) partial[warp] = mine;
+    if (threadIdx.x < rows) score[threadIdx.x] = state.scores[first_row + threadIdx.x];
+  }
+  __syncthreads();
+  if (warp < rows) {
+    LogSum all;
+    if (warp + lane * rows < kWarps) all = partial[warp + lane * rows];
+    all.merge_warp();
+    if (lane == 0) log_sum[warp] = all.max + logf(all.sum);
+  }
+  __syncthreads();
+
+  if (must == types.pad) {
+    for (int i = threadIdx.x; i < rows * tiles; i += kThreads) {
+      keys[i] = key_of(score_of(__uint_as_float(keys[i]), i / tiles, types.pad));
+    }
+    __syncthreads();
+    select(tile_choice, lists, merged, keys, rows * tiles, wanted, [](int i) { return static_cast<unsigned>(i); });
+    const bool may_end = step >= settings->min_len;
+    const auto id = [&](int i) {
+      const int special = i - wanted * kTile;
+      return special < 0 ? tile_choice[i / kTile].id * kTile + i % kTile
+                         : static_cast<unsigned>(special / 2 * types.columns + (special % 2 ? types.unk : types.eos));
+    };
+    const int count = wanted * kTile + 2 * rows;
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const bool special = i >= wanted * kTile;
+      unsigned key = 0;
+      if (special || tile_choice[i / kTile].key != 0) {
+        const unsigned at = id(i);
+        const int k = at / types.columns, type = at % types.columns;
+        if (special ? type != types.eos || may_end : types.ordinary(type)) {
+          key = key_of(score_of(logit(k, type), k, type));
+        }
+      }
+      keys[i] = key;
+    }
+    __syncthreads();
+    select(choice, lists, merged, keys, count, wanted, id);
+  } else {  // one way on for each beam
+    if (threadIdx.x < rows) keys[threadIdx.x] = key_of(score_of(logit(threadIdx.x, must), threadIdx.x, must));
+    __syncthreads();
+    select(choice, lists, merged, keys, rows, wanted,
+           [&](int i) { return static_cast<unsigned>(i * types.columns + must); });
+  }
+
+  if (warp == 0) {  // lane c has candidate c
+    const bool inside = lane < wanted;
+    const int source = must == types.eos && step < limit ? 0 : lane;  // the prefix itself ends here
+    const Choice mine = choice[inside ? source : 0];
+    const float total = value_of(mine.key);
+    const int type = mine.key ? static_cast<int>(mine.id % types.columns) : must == types.pad ? types.eos : must;
+    const int from = mine.key ? static_cast<int>(mine.id / types.columns) : 0;
+    const bool stops = type == types.eos && total != -INFINITY;
+    const unsigned stopping = __ballot_sync(0xffffffffu, inside && stops);
+    const unsigned going = __ballot_sync(0xffffffffu, inside && !stops), before = (1u << lane) - 1;
+    const int place = stops ? __popc(going) + __popc(stopping & before) : __popc(going & before);
+    int* const record = state.record + (static_cast<long>(step) * batch * beam + first_row) * 6;
+    if (lane < beam) {
+      record[lane * 6] = stops;
+      record[lane * 6 + 1] = __float_as_int(total);
+      record[lane * 6 + 2] = from;
+    }
+    if (inside && place < beam) {
+      record[place * 6 + 3] = token[place] = type;
+      record[place * 6 + 4] = parent[place] = from;
+      record[place * 6 + 5] = __float_as_int(total);
+      state.scores[first_row + place] = total;
+    }
+    const int complete = step >= limit ? beam : old_complete + __popc(stopping & ((1u << beam) - 1));
+    if (lane == 0) {
+      state.complete[sentence] = complete;
+      going_on = complete < beam;
+      if (complete < beam) state.steps[sentence] = step + 1;
+    }
+  }
+  __syncthreads();
+  if (!going_on) return;
+  embedding.write(first_row, beam, token, step + 1);
+  unsigned char* const old = reinterpret_cast<unsigned char*>(keys);  // (beam, step)
+  unsigned char* const ancestors = state.ancestors + first_row * steps;
+  for (int k = warp; k < beam; k += kWarps) {
+    for (int p = lane; p < step; p += kWarp) old[k * step + p] = ancestors[k * steps + p];
+  }
+  __syncthreads();
+  for (int k = warp; k < beam; k += kWarps) {
+    for (int p = lane; p < step; p += kWarp) ancestors[k * steps + p] = old[parent[k] * step + p];
+    if (lane == 0) ancestors[k * steps + step] = parent[k];
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// kernel launchers
+
+template <typename T>
+void token_statistics(float2* statistics, const T* logits, const Settings* settings, int rows, const Types& types,
+                      cudaStream_t stream) {
+  const int tiles = types.columns / kTile;
+  const dim3 grid(ceil_div(tiles, kTileThreads / kTileLanes), rows);
+  launch_early("beam_step::statistics_of_tiles", statistics_of_tiles<T>, grid, kTileThreads, stream, statistics, logits,
+               settings, types);
+}
+
+// `steps` is the width of `forced` and of the ancestors.
+template <typename T>
+void step(const State& state, const T* logits, const float2* statistics, const Settings* settings, const int* limits,
+          const int* forced, int batch, int beam, int steps, const Types& types, const Embedding<T>& embedding,
+          cudaStream_t stream) {
+  const int tiles = types.columns / kTile;
+  const int items = std::max({beam * tiles, 2 * beam * (kTile + 1), ceil_div(beam * steps, sizeof(unsigned))});
+  launch_early("beam_step::step_of_sentence", step_of_sentence<T>, batch, kThreads,
+               items * static_cast<int>(sizeof(unsigned)), stream, state, logits, statistics, settings, limits, forced,
+               beam, steps, types, embedding);
+}
+
+}  // namespace beam_step
+}  // namespace lightseq

@@ -1,0 +1,306 @@
+// One decoding step of attention (lightseq_fairseq/ops/decode_attention.py has formulas and shapes).
+//
+// Eight elements of a head are a lane's; LANES lanes have a key, the groups of LANES lanes of all warps of a block walk
+// over the keys, each with its own running softmax. These are merged within a warp by shuffles, between warps through
+// shared memory. Each key and value is read once, by self-attention for one beam, by cross-attention for all of them.
+#pragma once
+
+#include "../common/launch_chain.cuh"
+#include "../common/octet.cuh"
+#include "../common/reduce.cuh"
+
+namespace lightseq {
+namespace decode_attention {
+
+constexpr int kUnroll = 4;       // keys that a group of lanes has under way in self-attention,
+constexpr int kCrossUnroll = 2;  // and in cross-attention
+
+// exp(score - max) summed, and the values weighted so; `max` is the largest score so far.
+struct Softmax {
+  float max = -INFINITY, sum = 0.f, value[kOctet] = {};
+
+  // N keys; -inf is the score of what is not there.
+  template <int N>
+  __device__ __forceinline__ void add(const float (&score)[N], const float (&v)[N][kOctet]) {
+    float top = max;
+#pragma unroll
+    for (int n = 0; n < N; ++n) top = fmaxf(top, score[n]);
+    const float origin = top == -INFINITY ? 0.f : top, old = __expf(max - origin);
+    sum *= old;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) value[i] *= old;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float weight = __expf(score[n] - origin);
+      sum += weight;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) value[i] += weight * v[n][i];
+    }
+    max = top;
+  }
+
+  __device__ __forceinline__ void merge(float other_max, float other_sum, const float (&other)[kOctet]) {
+    const float top = fmaxf(max, other_max);
+    const float mine = max == -INFINITY ? 0.f : __expf(max - top);
+    const float theirs = other_max == -INFINITY ? 0.f : __expf(other_max - top);
+    sum = sum * mine + other_sum * theirs;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) value[i] = value[i] * mine + other[i] * theirs;
+    max = top;
+  }
+
+  // With the groups of the same warp; all lanes must come.
+  template <int LANES>
+  __device__ __forceinline__ void merge_warp() {
+#pragma unroll
+    for (int apart = LANES; apart < kWarp; apart *= 2) {
+      const float other_max = __shfl_xor_sync(0xffffffffu, max, apart);
+      const float other_sum = __shfl_xor_sync(0xffffffffu, sum, apart);
+      float other[kOctet];
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) other[i] = __shfl_xor_sync(0xffffffffu, value[i], apart);
+      merge(other_max, other_sum, other);
+    }
+  }
+};
+
+// What a warp leaves of a beam for the others: LANES pieces of max, sum and values.
+struct Piece {
+  float max, sum, value[kOctet];
+
+  __device__ __forceinline__ void keep(const Softmax& softmax) {
+    max = softmax.max;
+    sum = softmax.sum;
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) value[i] = softmax.value[i];
+  }
+
+  __device__ __forceinline__ void merge_into(Softmax& softmax) const { softmax.merge(max, sum, value); }
+};
+
+// The sum over a group's lanes.
+template <int LANES>
+__device__ __forceinline__ float group_sum(float x) {
+#pragma unroll
+  for (int apart = LANES / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(0xffffffffu, x, apart);
+  return x;
+}
+
+__device__ __forceinline__ float dot(const float (&a)[kOctet], const float (&b)[kOctet]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// The normalised values of one beam, by the lanes of the first group of the first warp.
+template <typename T>
+__device__ __forceinline__ void finish(T* context, const Softmax& softmax) {
+  const float scale = softmax.sum > 0.f ? 1.f / softmax.sum : 0.f;
+  float out[kOctet];
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) out[i] = softmax.value[i] * scale;
+  store<kOctet>(context, out);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// CUDA kernels
+
+// WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B).
+// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,), context (R, H, D). Dynamic shared
+// memory: LANES pieces a warp.
+template <typename T, int LANES, int WARPS>
+__global__ void __launch_bounds__(1024)
+    self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps, int beam,
+                   int most, int dim, long value_offset) {
+  constexpr int kGroups = kWarp / LANES, kStride = WARPS * kGroups;
+  extern __shared__ Piece pieces[];
+  const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y, k = threadIdx.x / (WARPS * kWarp);
+  const int warp = threadIdx.x / kWarp % WARPS, lane = threadIdx.x % kWarp, place = lane % LANES;
+  const int column = place * kOctet, group = warp * kGroups + lane / LANES;
+  const long row = static_cast<long>(sentence) * beam + k;
+  const bool real = column < dim;
+  const T* const own = qkv + (row * 3 * heads + head) * dim + (real ? column : 0);
+  T* const keys = cache + (static_cast<long>(sentence) * heads + head) * most * beam * dim + (real ? column : 0);
+  const unsigned char* const history = ancestors + row * most;
+  Piece* const mine = pieces + (k * WARPS) * LANES + place;  // of the beam's first warp
+
+  launch_next();
+  wait_for_previous();
+  const int now = steps[sentence];
+  float q[kOctet] = {};
+  if (real) load<kOctet>(own, q);
+  Softmax softmax;
+  for (int first = 0; first < now; first += kStride * kUnroll) {
+    Packed<T, kOctet> key[kUnroll], value[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int p = first + u * kStride + group, at = p < now ? p : 0;
+      const T* const slot = keys + (static_cast<long>(at) * beam + history[at]) * dim;
+      key[u] = request<kOctet>(slot);
+      value[u] = request<kOctet>(slot + value_offset);
+    }
+    float score[kUnroll], v[kUnroll][kOctet];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float wide[kOctet];
+      key[u].widen(wide);
+      value[u].widen(v[u]);
+      score[u] = group_sum<LANES>(real ? dot(q, wide) : 0.f);
+      if (first + u * kStride + group >= now) score[u] = -INFINITY;
+    }
+    softmax.add(score, v);
+  }
+  if (warp == 0) {  // this step's own key and value, which no slot holds yet
+    float wide[kOctet] = {}, v[1][kOctet] = {};
+    if (real) {
+      const Packed<T, kOctet> key = request<kOctet>(own + heads * dim), value = request<kOctet>(own + 2 * heads * dim);
+      if (lane < LANES) {
+        T* const slot = keys + (static_cast<long>(now) * beam + k) * dim;
+        *reinterpret_cast<Packed<T, kOctet>*>(slot) = key;
+        *reinterpret_cast<Packed<T, kOctet>*>(slot + value_offset) = value;
+      }
+      key.widen(wide);
+      value.widen(v[0]);
+    }
+    const float score[1] = {group_sum<LANES>(dot(q, wide))};
+    if (lane < LANES) softmax.add(score, v);
+  }
+  softmax.merge_warp<LANES>();
+  if constexpr (WARPS > 1) {
+    if (lane < LANES) mine[warp * LANES].keep(softmax);
+    __syncthreads();
+  }
+  if (warp > 0 || lane >= LANES || !real) return;
+#pragma unroll
+  for (int w = 1; w < WARPS; ++w) mine[w * LANES].merge_into(softmax);
+  finish(context + (row * heads + head) * dim + column, softmax);
+}
+
+// A block of WARPS warps for BEAMS beams of a (head, sentence): grid (H, B, beams / BEAMS). q, context (R, H, D),
+// keys_values (N, 2, H, D), cu_seqlens (B + 1,).
+template <typename T, int LANES, int WARPS, int BEAMS>
+__global__ void __launch_bounds__(WARPS* kWarp)
+    cross_attention(T* context, const T* q_rows, const T* keys_values, const int* cu_seqlens, int beam, int dim) {
+  constexpr int kGroups = kWarp / LANES, kStride = WARPS * kGroups, kUnroll = kCrossUnroll;
+  __shared__ Piece pieces[WARPS][BEAMS][LANES];
+  const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y, first_beam = blockIdx.z * BEAMS;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, place = lane % LANES, column = place * kOctet;
+  const int group = warp * kGroups + lane / LANES, beams = min(BEAMS, beam - first_beam);
+  const bool real = column < dim;
+  const long rows = static_cast<long>(sentence) * beam + first_beam;
+
+  launch_next();
+  const int begin = cu_seqlens[sentence], length = cu_seqlens[sentence + 1] - begin;  // the source is there all along
+  const long width = static_cast<long>(heads) * dim;
+  const T* const keys = keys_values + begin * 2 * width + head * dim + (real ? column : 0);
+  Packed<T, kOctet> key[kUnroll] = {}, value[kUnroll] = {};
+  const auto fetch = [&](int first) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int p = first + u * kStride + group;
+      if (p < length) {
+        key[u] = request<kOctet>(keys + p * 2 * width);
+        value[u] = request<kOctet>(keys + (p * 2 + 1) * width);
+      }
+    }
+  };
+  fetch(0);
+  wait_for_previous();
+  float q[BEAMS][kOctet] = {};
+#pragma unroll
+  for (int b = 0; b < BEAMS; ++b) {
+    if (real && b < beams) load<kOctet>(q_rows + (rows + b) * width + head * dim + column, q[b]);
+  }
+  Softmax softmax[BEAMS];
+  for (int first = 0; first < length; first += kStride * kUnroll) {
+    float wide[kUnroll][kOctet], v[kUnroll][kOctet];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      key[u].widen(wide[u]);
+      value[u].widen(v[u]);
+    }
+    if (first + kStride * kUnroll < length) fetch(first + kStride * kUnroll);
+#pragma unroll
+    for (int b = 0; b < BEAMS; ++b) {
+      float score[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        score[u] = group_sum<LANES>(real ? dot(q[b], wide[u]) : 0.f);
+        if (first + u * kStride + group >= length) score[u] = -INFINITY;
+      }
+      softmax[b].add(score, v);
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < BEAMS; ++b) {
+    softmax[b].template merge_warp<LANES>();
+    if (lane < LANES) pieces[warp][b][place].keep(softmax[b]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < beams * LANES; i += WARPS * kWarp) {
+    const int b = i / LANES, at = i % LANES;
+    if (at * kOctet >= dim) continue;
+    Softmax all;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) pieces[w][b][at].merge_into(all);
+    finish(context + (rows + b) * width + head * dim + at * kOctet, all);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// kernel launchers
+
+// Calls f with the lanes that a head of `dim` elements takes, a power of two.
+template <typename F>
+void dispatch_lanes(int dim, F&& f) {
+  if (dim <= 4 * kOctet) return f(std::integral_constant<int, 4>{});
+  if (dim <= 8 * kOctet) return f(std::integral_constant<int, 8>{});
+  if (dim <= 16 * kOctet) return f(std::integral_constant<int, 16>{});
+  f(std::integral_constant<int, 32>{});
+}
+
+template <typename T>
+void self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps, int batch,
+                    int beam, int most, int heads, int dim, cudaStream_t stream) {
+  const long value_offset = static_cast<long>(batch) * heads * most * beam * dim;
+  dispatch_lanes(dim, [&](auto lanes) {
+    constexpr int LANES = decltype(lanes)::value;
+    const auto launch = [&](auto warps) {
+      constexpr int WARPS = decltype(warps)::value;
+      launch_early("decode_attention::self_attention", self_attention<T, LANES, WARPS>, dim3(heads, batch),
+                   beam * WARPS * kWarp, beam * WARPS * LANES * static_cast<int>(sizeof(Piece)), stream, context, cache,
+                   qkv, ancestors, steps, beam, most, dim, value_offset);
+    };
+    if (most > 64 && beam <= 4) return launch(std::integral_constant<int, 8>{});
+    if (most > 64 && beam <= 8) return launch(std::integral_constant<int, 4>{});
+    if (beam <= 16) return launch(std::integral_constant<int, 2>{});
+    launch(std::integral_constant<int, 1>{});
+  });
+}
+
+// Small batches share a head among more warps.
+template <typename T>
+void cross_attention(T* context, const T* q, const T* keys_values, const int* cu_seqlens, int batch, int beam,
+                     int heads, int dim, cudaStream_t stream) {
+  dispatch_lanes(dim, [&](auto lanes) {
+    constexpr int LANES = decltype(lanes)::value;
+    const auto launch = [&](auto warps, auto beams) {
+      constexpr int BEAMS = decltype(beams)::value, WARPS = decltype(warps)::value;
+      launch_early("decode_attention::cross_attention", cross_attention<T, LANES, WARPS, BEAMS>,
+                   dim3(heads, batch, ceil_div(beam, BEAMS)), WARPS * kWarp, stream, context, q, keys_values,
+                   cu_seqlens, beam, dim);
+    };
+    const auto launch_beams = [&](auto warps) {
+      if (beam == 1) return launch(warps, std::integral_constant<int, 1>{});
+      if (beam == 2) return launch(warps, std::integral_constant<int, 2>{});
+      if (beam == 5) return launch(warps, std::integral_constant<int, 5>{});
+      launch(warps, std::integral_constant<int, 4>{});
+    };
+    if (batch * heads < 256) return launch_beams(std::integral_constant<int, 4>{});
+    launch_beams(std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace decode_attention
+}  // namespace lightseq

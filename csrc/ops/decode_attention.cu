@@ -1,0 +1,44 @@
+// lightseq::decode_self_attention and decode_cross_attention on CUDA; schemas and references:
+// lightseq_fairseq/ops/decode_attention.py.
+#include "../kernels/decode_attention.cuh"
+#include "binding.h"
+
+namespace lightseq {
+namespace {
+
+// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,) -> context (R, H * D)
+Tensor self_attention(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps) {
+  LIGHTSEQ_EXPECT(qkv.is_contiguous() && cache.is_contiguous() && ancestors.is_contiguous());
+  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
+  const int64_t rows = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
+  Tensor context = torch::stable::new_empty(qkv, {rows, heads * dim});
+  dispatch("decode_self_attention", qkv, [&](auto type) {
+    using T = decltype(type);
+    decode_attention::self_attention<T>(data<T>(context), data<T>(cache), data<T>(qkv), data<unsigned char>(ancestors),
+                                        data<int>(steps), ancestors.size(0), ancestors.size(1), ancestors.size(2),
+                                        heads, dim, current_stream(qkv));
+  });
+  return context;
+}
+
+// q (R, H * D), keys_values (N, 2, H, D), cu_seqlens (B + 1,) -> context (R, H * D)
+Tensor cross_attention(Tensor q, Tensor keys_values, Tensor cu_seqlens, int64_t beam) {
+  LIGHTSEQ_EXPECT(q.is_contiguous() && keys_values.is_contiguous() && cu_seqlens.is_contiguous());
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor context = torch::stable::empty_like(q);
+  dispatch("decode_cross_attention", q, [&](auto type) {
+    using T = decltype(type);
+    decode_attention::cross_attention<T>(data<T>(context), data<T>(q), data<T>(keys_values), data<int>(cu_seqlens),
+                                         cu_seqlens.numel() - 1, beam, keys_values.size(2), keys_values.size(3),
+                                         current_stream(q));
+  });
+  return context;
+}
+
+}  // namespace
+}  // namespace lightseq
+
+STABLE_TORCH_LIBRARY_IMPL(lightseq, CUDA, m) {
+  m.impl("decode_self_attention", TORCH_BOX(&lightseq::self_attention));
+  m.impl("decode_cross_attention", TORCH_BOX(&lightseq::cross_attention));
+}

@@ -1,0 +1,198 @@
+"""One decoding step of all beams with fixed shapes and no host in it, so that a CUDA graph can hold it.
+
+The weights are those of an :class:`IncrementalDecoder`. Up to MAX_ROWS rows a layer is six ``decode_linear`` and two
+attentions, and norms are made by whoever reads: between sublayers travels the sum in front of the norm. More rows go
+through torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and normalises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightseq_fairseq import ops
+from lightseq_fairseq.config import TransformerConfig
+from lightseq_fairseq.layers.incremental import IncrementalDecoder
+from lightseq_fairseq.layers.inference import InferenceNorm
+from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
+from lightseq_fairseq.ops.beam_step import TILE
+from lightseq_fairseq.ops.decode_attention import (
+    HEAD_DIM_STEP,
+    MAX_HEAD_DIM,
+    decode_cross_attention,
+    decode_self_attention,
+)
+from lightseq_fairseq.ops.decode_linear import decode_linear, serves
+from lightseq_fairseq.ops.linear import InferenceLinear
+
+
+def fits(config: TransformerConfig) -> bool:
+    """Whether :class:`DecodeStep` can be built of such a model."""
+    head_dim = config.decoder_embed_dim // config.decoder_attention_heads
+    return (head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM and config.decoder_layers > 0
+            and not config.cross_self_attention and not config.no_cross_attention)
+
+
+@dataclass
+class DecodeBuffers:
+    """Memory of one batch of B sentences with K beams, T steps at most, N source tokens at most; L layers."""
+
+    cache: Tensor
+    """(L, 2, B, H, T * K, D): see ops/decode_attention.py."""
+    source: Tensor
+    """(L, N, 2, H, D): keys and values of cross-attention."""
+    cu_seqlens: Tensor
+    """(B + 1,) int32."""
+    ancestors: Tensor
+    """(B, K, T) uint8."""
+    steps: Tensor
+    """(B,) int32: of each sentence so far."""
+    x: Tensor
+    """(B * K, E): embeddings of the newest tokens, see ops/beam_step.py."""
+
+    @property
+    def beam(self) -> int:
+        """K."""
+        return self.ancestors.size(1)
+
+
+@dataclass
+class _Stream:
+    """What travels between sublayers: a sum and the norm that is still to be applied to it, None if there is none."""
+
+    sum: Tensor
+    norm: InferenceNorm | None
+    normed: Tensor | None = None
+    """norm(sum), once somebody has made it."""
+
+
+class DecodeStep:
+    """``decoder`` with fixed shapes; later changes of its weights are not seen."""
+
+    def __init__(self, decoder: IncrementalDecoder) -> None:
+        self.config, self.layers, self.cross_kv = decoder.config, decoder.layers, decoder.cross_kv
+        self.decoder = decoder.decoder
+        self.columns = -(-self.config.tgt_vocab_size // TILE) * TILE
+        self.output, self.output_bias = _padded(decoder.output, self.columns)
+        self.device, self.dtype = self.output.device, self.output.dtype
+        project, last = self.decoder.project_out_dim, self.decoder.layer_norm
+        self.project_out = None if project is None else InferenceLinear(project.weight)
+        self.last_norm = None if last is None else InferenceNorm(last)
+        positions = self.decoder.embed_positions
+        self.positions = None if positions is None else positions.upto(self.config.max_target_positions, self.output)
+        self.first_position = self.config.pad + 1
+        self.embeddings, self.embed_scale = self.decoder.embed_tokens.weight, self.decoder.embed_scale
+
+    @property
+    def input_positions(self) -> Tensor | None:
+        """The position table where it is added to the embedding at once, and not behind a projection."""
+        return self.positions if self.decoder.project_in_dim is None else None
+
+    def buffers(self, batch: int, beam: int, steps_at_most: int, source_tokens: int, cu_seqlens: Tensor,
+                steps: Tensor) -> DecodeBuffers:
+        """New memory; ``cu_seqlens`` and ``steps`` are the caller's."""
+        layer, layers = self.layers[0], len(self.layers)
+        like = dict(dtype=self.dtype, device=self.device)
+        return DecodeBuffers(
+            torch.zeros(layers, 2, batch, layer.heads, steps_at_most * beam, layer.head_dim, **like),
+            torch.zeros(layers, source_tokens, 2, layer.heads, layer.head_dim, **like), cu_seqlens,
+            torch.zeros(batch, beam, steps_at_most, dtype=torch.uint8, device=self.device), steps,
+            torch.zeros(batch * beam, self.config.input_dim, **like))
+
+    def start(self, source: Tensor, buffers: DecodeBuffers) -> None:
+        """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input."""
+        assert self.cross_kv is not None
+        heads, dim = self.layers[0].heads, self.layers[0].head_dim
+        joint = self.cross_kv(source).view(-1, len(self.layers), 2, heads, dim)
+        buffers.source[:, :source.size(0)].copy_(joint.transpose(0, 1))
+        first = self.embeddings[self.config.start].float() * self.embed_scale
+        if self.input_positions is not None:
+            first = first + self.input_positions[self.first_position].float()
+        buffers.x.copy_(first.expand_as(buffers.x))
+
+    def __call__(self, buffers: DecodeBuffers) -> Tensor:
+        """Logits (B * K, V') of what follows; columns past the vocabulary mean nothing."""
+        pre = self.config.decoder_normalize_before
+        rows = buffers.x.size(0)
+        stream = _Stream(self._embed(buffers), self.layers[0].self_norm if pre else None)
+        for index, layer in enumerate(self.layers):
+            qkv = self._read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
+            context = decode_self_attention(qkv, buffers.cache[index], buffers.ancestors, buffers.steps)
+            stream = self._join(context, layer.out, stream, layer.cross_norm if pre else layer.self_norm)
+            assert layer.cross_q is not None
+            q = self._read(stream, layer.cross_q)
+            context = decode_cross_attention(q, buffers.source[index], buffers.cu_seqlens, buffers.beam)
+            stream = self._join(context, layer.cross_out, stream, layer.final_norm if pre else layer.cross_norm)
+            hidden = self._read(stream, layer.fc1)
+            last = index + 1 == len(self.layers)
+            following = self.last_norm if last else self.layers[index + 1].self_norm
+            stream = self._join(hidden, layer.fc2, stream, following if pre else layer.final_norm)
+        if not pre and self.last_norm is not None:  # a second norm, as fairseq has it
+            stream = _Stream(_normed(stream), self.last_norm)
+        if self.project_out is not None:
+            stream = _Stream(self._read(stream, self.project_out), None)
+        return self._linear(stream, self.output, self.output_bias, "linear")
+
+    def _read(self, stream: _Stream, linear: InferenceLinear) -> Tensor:
+        """The stream, normalised, through a linear map with its activation."""
+        return self._linear(stream, linear.weight, linear.bias, linear.activation_name)
+
+    def _linear(self, stream: _Stream, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        if serves(stream.sum, weight) and stream.normed is None:
+            keep = stream.norm is not None and not self.config.decoder_normalize_before
+            out, normed = decode_linear(stream.sum, weight, bias, activation, None, *_of(stream.norm), keep)
+            stream.normed = normed if keep else None
+            return out
+        x = _normed(stream)
+        if activation == "relu" and bias is not None:  # which the GEMM does on its way out
+            return torch._addmm_activation(bias, x, weight.t())
+        return ACTIVATION_FUNCTIONS[activation](F.linear(x, weight, bias))
+
+    def _join(self, x: Tensor, linear: InferenceLinear, stream: _Stream, norm: InferenceNorm | None) -> _Stream:
+        """The sum of ``linear`` of ``x`` and the residual, to be normalised by ``norm``."""
+        residual = stream.sum if self.config.decoder_normalize_before else _normed(stream)
+        if serves(x, linear.weight):
+            return _Stream(decode_linear(x, linear.weight, linear.bias, residual=residual)[0], norm)
+        y, bias = F.linear(x, linear.weight), linear.bias
+        assert bias is not None
+        if norm is None:
+            return _Stream(ops.bias_dropout_residual(y, bias, residual), None)
+        total, normed = ops.bias_dropout_residual_layer_norm(y, bias, residual, norm.weight, norm.bias, norm.eps)
+        return _Stream(total, norm, normed)
+
+    def _embed(self, buffers: DecodeBuffers) -> Tensor:
+        """(B * K, C)."""
+        x = buffers.x
+        if self.decoder.project_in_dim is not None:
+            x = self.decoder.project_in_dim(x)
+            if self.positions is not None:
+                x = x + self.positions[self.first_position + buffers.steps.repeat_interleave(
+                    buffers.beam, output_size=x.size(0))]
+        norm = self.decoder.layernorm_embedding
+        return x if norm is None else norm(x)
+
+
+def _normed(stream: _Stream) -> Tensor:
+    """norm(sum), made here if nobody has yet."""
+    if stream.norm is None:
+        return stream.sum
+    if stream.normed is None:
+        norm = stream.norm
+        stream.normed = ops.layer_norm(stream.sum, norm.weight, norm.bias, norm.eps)
+    return stream.normed
+
+
+def _of(norm: InferenceNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def _padded(output: InferenceLinear, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with rows of 0 behind, ``columns`` in all."""
+    missing = columns - output.weight.size(0)
+    if missing == 0:
+        return output.weight, output.bias
+    weight = torch.cat((output.weight, output.weight.new_zeros(missing, output.weight.size(1))))
+    return weight, None if output.bias is None else torch.cat((output.bias, output.bias.new_zeros(missing)))

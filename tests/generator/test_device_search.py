@@ -1,0 +1,175 @@
+"""The search that stays on the device finds what the one that asks the host at every step finds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lightseq_fairseq.generator import device_search
+from lightseq_fairseq.generator.beam_search import decode, length_limits
+from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.generator import Generator
+from lightseq_fairseq.generator.model import Transformer
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.layers.compiled import CompiledDecoder
+from tests import tolerances
+from tests.generator.test_generator import random_model
+
+MODELS = {
+    "pre-LN": {},
+    "post-LN": dict(encoder_normalize_before=False, decoder_normalize_before=False),
+    "learned positions, embedding norm": dict(decoder_positions="learned", layernorm_embedding=True,
+                                              max_target_positions=21),
+    "no positions, no final norm": dict(decoder_positions="none", no_decoder_final_norm=True),
+    "projections": dict(decoder_input_dim=32, decoder_output_dim=48, activation_fn="gelu"),
+    "output bias, a wide vocabulary": dict(output_bias=True, tgt_vocab_size=131, activation_fn="swish"),
+}
+
+
+@pytest.fixture(autouse=True)
+def raw_weights(monkeypatch):
+    """On the CPU weights would be kept in oneDNN's layout, which the operators of the device do not read."""
+    monkeypatch.setattr("lightseq_fairseq.ops.linear._PREPACKED", None)
+    monkeypatch.setattr(CompiledDecoder, "serves", lambda decoder: False)
+
+
+def sentences(count, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 12, (count,), generator=generator).tolist()
+    return [torch.tensor([*torch.randint(4, 23, (n,), generator=generator).tolist(), 2]) for n in lengths]
+
+
+def compare(model, src, prefix=None, max_lens=None, **options):
+    """Both searches, every hypothesis; returns those of the device's."""
+    options = GenerationOptions(**{"max_len_b": 17, "nbest": options["beam"], **options})
+    limits = max_lens or length_limits([model], src, options)
+    search = DeviceSearch(model)
+    assert search.takes(options, [len(s) for s in src], limits)
+    found = search.decode(src, options, prefix, limits)
+    assert_same(found, decode([model], src, options, prefix, limits))
+    return found
+
+
+def assert_same(found, expected):
+    assert [len(ours) for ours in found] == [len(theirs) for theirs in expected]
+    for ours, theirs in zip(sum(found, []), sum(expected, []), strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist()
+        torch.testing.assert_close(ours.positional_scores, theirs.positional_scores, **tolerances.SCORE)
+        assert ours.score == pytest.approx(theirs.score, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("beam", [1, 4])
+def test_models(name, beam, device):
+    compare(Transformer(random_model(**MODELS[name]), device), sentences(7), beam=beam)
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 5, 10])
+@pytest.mark.parametrize("batch", [1, 5, 14])
+def test_beams_and_batches(batch, beam, device):
+    compare(Transformer(random_model(), device), sentences(batch, seed=batch), beam=beam)
+
+
+@pytest.mark.parametrize("options", [
+    dict(lenpen=0.6), dict(normalize_scores=False), dict(unkpen=-4.0), dict(unkpen=50.0), dict(temperature=0.5),
+    dict(temperature=3.0), dict(min_len=0), dict(min_len=6), dict(max_len_b=5), dict(min_len=4, max_len_b=4),
+    dict(min_len=0, max_len_b=0), dict(max_len_a=1.5, max_len_b=1), dict(max_len_b=40), dict(nbest=1),
+], ids=str)
+@pytest.mark.parametrize("beam", [1, 5])
+def test_one_option_at_a_time(beam, options, device):
+    compare(Transformer(random_model(seed=3), device), sentences(7), beam=beam, **options)
+
+
+@pytest.mark.parametrize("prefix", [
+    [[7], [8], [9]], [[7, 1], [8, 9], [1, 1]], [[5, 6, 7, 8], [2, 1, 1, 1], [4, 2, 1, 1]], [[3, 3], [9, 1], [4, 5]],
+], ids=str)
+@pytest.mark.parametrize("beam", [1, 4])
+def test_prefixes(beam, prefix, device):
+    model = Transformer(random_model(), device)
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, unkpen=1.5)
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, max_lens=[2, 9, 3])
+
+
+def test_limits_of_each_sentence(device):
+    found = compare(Transformer(random_model(), device), sentences(4), beam=3, max_lens=[3, 1, 12, 7])
+    assert [max(len(h.tokens) for h in hypotheses) <= limit + 1
+            for hypotheses, limit in zip(found, [3, 1, 12, 7], strict=True)]
+
+
+def test_a_plan_serves_many_batches(device):
+    """What one batch leaves behind must not reach the next."""
+    model = Transformer(random_model(), device)
+    search = DeviceSearch(model)
+    for seed, count, options in ((1, 6, dict(max_len_b=20)), (8, 5, dict(max_len_b=3, unkpen=2.0)),
+                                 (3, 6, dict(max_len_b=25, temperature=2.0)), (4, 5, dict(max_len_b=20))):
+        options = GenerationOptions(beam=4, nbest=4, **options)
+        src = sentences(count, seed)
+        limits = length_limits([model], src, options)
+        assert_same(search.decode(src, options, None, limits), decode([model], src, options, None, limits))
+    assert len(search.plans) == 1
+
+
+def test_plans_are_forgotten(device, monkeypatch):
+    monkeypatch.setattr(device_search, "_MOST_PLANS", 2)
+    search = DeviceSearch(Transformer(random_model(), device))
+    for batch in (1, 2, 3, 1):
+        search.decode(sentences(batch), GenerationOptions(beam=2), None, [4] * batch)
+    assert [shape.batch for shape in search.plans] == [3, 1]
+
+
+@pytest.mark.parametrize("options", [
+    dict(sampling=True), dict(diverse_beam_groups=2), dict(diversity_rate=0.5), dict(match_source_len=True),
+    dict(no_repeat_ngram_size=2), dict(return_attention=True), dict(return_alignment=True), dict(beam=17),
+], ids=str)
+def test_what_is_not_taken(options, device):
+    options = GenerationOptions(**{"beam": 4, **options})
+    assert not DeviceSearch(Transformer(random_model(), device)).takes(options, [3, 1, 2], [9, 9, 9])
+
+
+def test_models_that_are_not_taken(device):
+    def takes(beam=4, **changes):
+        model = Transformer(random_model(**changes), device)
+        return DeviceSearch(model).takes(GenerationOptions(beam=beam), [3, 1, 2], [9, 9, 9])
+
+    assert takes()
+    assert not takes(cross_self_attention=True)
+    assert not takes(no_cross_attention=True)
+    assert not takes(decoder_attention_heads=4), "heads of 4 elements"
+    assert not takes(beam=14), "29 types have no 28 continuations of one beam besides the special ones"
+
+
+def test_what_is_wrong_is_said(device):
+    model = random_model()
+    search = DeviceSearch(Transformer(model, device))
+    with pytest.raises(GenerationError, match="sentences \\[1\\] have no tokens"):
+        search.decode([torch.tensor([4, 2]), torch.tensor([])], GenerationOptions(beam=2), None, [5, 5])
+    broken = dataclasses.replace(model, tensors={
+        name: torch.full_like(tensor, torch.nan) if "output_projection" in name else tensor
+        for name, tensor in model.tensors.items()})
+    with pytest.raises(GenerationError, match="sentence 0 has no hypothesis because"):
+        DeviceSearch(Transformer(broken, device)).decode(
+            [torch.tensor([4, 2])], GenerationOptions(beam=2, max_len_b=5), None, [5])
+
+
+def test_a_generator_uses_it_on_a_gpu(device):
+    generator = Generator([random_model()], device)
+    assert (generator.device_search is not None) == (device.type == "cuda")
+    if generator.device_search is not None:
+        generator.infer([[4, 5, 2], [6, 2]], GenerationOptions(beam=3))
+        assert generator.device_search.plans
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit(dtype, device):
+    """The first token's log-probability, which no choice has touched yet, lies near that of fp32."""
+    if device.type == "cpu" and dtype == torch.float16:
+        pytest.skip("half precision is for GPUs; run with --device cuda")
+    options = GenerationOptions(beam=1, max_len_b=4, min_len=4)
+    first = []
+    for kind in (torch.float32, dtype):
+        search = DeviceSearch(Transformer(random_model(), device, kind))
+        found = search.decode(sentences(6), options, None, [4] * 6)
+        first.append(torch.stack([hypotheses[0].positional_scores[0] for hypotheses in found]))
+    torch.testing.assert_close(first[1], first[0], rtol=0, atol=0.1)

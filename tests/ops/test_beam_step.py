@@ -1,0 +1,212 @@
+"""The step of the search on the device: hand-made tables, and the compiled operator against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightseq_fairseq.ops import beam_step as ops
+from tests import tolerances
+
+PAD, EOS, UNK = 1, 2, 3
+MUTATED = ("steps", "complete", "scores", "ancestors", "record", "x")
+
+
+def state(batch, beam, steps, vocab, step, device, seed=0, width=16):
+    """Arguments of beam_step_ in the middle of a search, the logits included."""
+    draw = torch.Generator().manual_seed(seed)
+    columns = -(-vocab // ops.TILE) * ops.TILE
+    made = dict(
+        logits=torch.randn(batch * beam, columns, generator=draw) * 2,
+        settings=torch.tensor([1.0, 0.0, 1.0]),
+        limits=torch.full((batch,), steps - 1, dtype=torch.int32),
+        forced=torch.full((batch, steps), PAD, dtype=torch.int32),
+        steps=torch.full((batch,), step, dtype=torch.int32),
+        complete=torch.zeros(batch, dtype=torch.int32),
+        scores=-torch.rand(batch, beam, generator=draw) * step,
+        x=torch.zeros(batch * beam, width), embeddings=torch.randn(vocab, width, generator=draw),
+        positions=torch.randn(steps + 2, width, generator=draw),
+        ancestors=torch.randint(beam, (batch, beam, steps), generator=draw, dtype=torch.uint8),
+        record=torch.full((steps, batch, beam, 6), -7, dtype=torch.int32))
+    return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def run(given, vocab):
+    """One step in place; returns the row of the record that it wrote."""
+    types = dict(vocab=vocab, pad=PAD, eos=EOS, unk=UNK)
+    step = int(given["steps"].max())
+    for name in ("x", "embeddings", "positions"):
+        given[name] = given[name].to(given["logits"].dtype)
+    statistics = ops.token_statistics(given["logits"], given["settings"], **types)
+    rest = {name: given[name] for name in MUTATED}
+    ops.beam_step_(given["logits"], statistics, given["settings"], given["limits"], given["forced"], **rest,
+                   embeddings=given["embeddings"], positions=given["positions"], scale=3.0, first_position=2, **types)
+    return given["record"][step]
+
+
+def as_floats(column):
+    return column.contiguous().view(torch.float32)
+
+
+def compare(given, vocab):
+    """The compiled operator and the reference leave the same."""
+    given["logits"] = given["logits"].contiguous()
+    other = {name: tensor.cpu().clone() for name, tensor in given.items()}
+    step = int(given["steps"].max())
+    run(given, vocab)
+    run(other, vocab)
+    for name in MUTATED:
+        mine, want = given[name].cpu(), other[name]
+        if name == "scores":
+            torch.testing.assert_close(mine, want, **tolerances.SCORE)
+        elif name == "record":
+            for column in (1, 5):
+                torch.testing.assert_close(as_floats(mine[..., column]), as_floats(want[..., column]),
+                                           **tolerances.SCORE, equal_nan=True)
+            real = as_floats(want[..., 5]) != -torch.inf  # what a beam without a way on says does not matter
+            for column in (0, 3, 4):
+                assert torch.equal(mine[..., column][real], want[..., column][real]), column
+            real = as_floats(want[..., 1]) != -torch.inf
+            assert torch.equal(mine[..., 2][real], want[..., 2][real])
+        elif name in ("ancestors", "x"):
+            real = other["scores"] != -torch.inf
+            mine, want = mine.view(*real.shape, -1)[real], want.view(*real.shape, -1)[real]
+            torch.testing.assert_close(mine[..., :step + 1], want[..., :step + 1])
+        else:
+            assert torch.equal(mine, want), name
+
+
+def test_a_table_done_by_hand(device):
+    """Two beams; probabilities of beam 0: eos 1/2, type 4 1/4, type 5 1/4; of beam 1: type 4 1/2, type 6 1/2."""
+    given = state(1, 2, 9, 8, 3, device)
+    logits = torch.full((2, 64), -torch.inf)
+    logits[0, [EOS, 4, 5]] = torch.tensor([0.5, 0.25, 0.25]).log()
+    logits[1, [4, 6]] = torch.tensor([0.5, 0.5]).log()
+    given["logits"], given["scores"] = logits.to(device), torch.tensor([[-1.0, -1.2]], device=device)
+    ended, totals, beams, tokens, parents, scores = run(given, 8).unbind(-1)
+    half = torch.tensor(0.5).log().item()
+    assert ended.tolist() == [[1, 0]] and beams.tolist() == [[0, 1]]
+    assert as_floats(totals)[0].tolist() == pytest.approx([-1 + half, -1.2 + half])
+    assert tokens.tolist() == [[4, 6]] and parents.tolist() == [[1, 1]]  # type 4 of beam 0 is worse, -1 + 2 * half
+    assert as_floats(scores)[0].tolist() == pytest.approx([-1.2 + half] * 2)
+    fed = given["embeddings"][[4, 6]] * 3 + given["positions"][2 + 4]
+    torch.testing.assert_close(given["x"], fed)
+    assert given["steps"].tolist() == [4] and given["complete"].tolist() == [1]
+    assert given["ancestors"][0, :, 3].tolist() == [1, 1]
+
+
+def test_equals_come_in_order_of_beams_and_types(device):
+    vocab = 200
+    given = state(1, 4, 5, vocab, 2, device)
+    given["logits"], given["scores"] = torch.zeros(4, 256, device=device), torch.zeros(1, 4, device=device)
+    given["settings"][2] = 9.0  # no eos yet
+    _, _, _, tokens, parents, _ = run(given, vocab)[0].unbind(-1)
+    assert tokens.tolist() == [0, 3, 4, 5] and parents.tolist() == [0, 0, 0, 0]
+
+
+def test_at_the_first_step_beams_are_one(device):
+    given = state(2, 3, 5, 50, 0, device)
+    record = run(given, 50)
+    assert record[..., 4].eq(0).all() and len(set(record[0, :, 3].tolist())) == 3
+
+
+def test_a_finished_sentence_stays_as_it_is(device):
+    given = state(3, 2, 9, 70, 4, device)
+    given["complete"][1], given["limits"][2] = 2, 4
+    before = {name: given[name].clone() for name in MUTATED}
+    record = run(given, 70)
+    assert (record[1] == -7).all() and (record[[0, 2]] != -7).any()
+    assert given["steps"].tolist() == [5, 4, 4] and given["complete"].tolist()[1:] == [2, 2]
+    assert torch.equal(given["ancestors"][1:], before["ancestors"][1:])
+    assert not given["x"].view(3, -1)[1:].any() and given["x"].view(3, -1)[0].any()
+
+
+def test_rows_of_any_width(device):
+    for width in (1, 24, 37, 1030):
+        compare(state(2, 3, 9, 70, 4, device, width=width), 70)
+
+
+def test_sentences_at_different_steps(device):
+    given = state(3, 4, 12, 90, 7, device)
+    given["steps"] = torch.tensor([7, 0, 3], dtype=torch.int32, device=device)
+    other = {name: tensor.cpu().clone() for name, tensor in given.items()}
+    run(given, 90)
+    run(other, 90)
+    assert given["steps"].tolist() == [8, 1, 4]
+    for name in ("ancestors", "x", "complete"):
+        torch.testing.assert_close(given[name].cpu(), other[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("step", [0, 1, 17])
+@pytest.mark.parametrize("beam", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize("vocab", [43, 64, 1000, 28672])
+def test_against_the_reference(vocab, beam, step, dtype, device):
+    if vocab - 3 < 2 * beam:
+        return
+    batch = 2 if vocab > 20000 and device.type == "cpu" else 5
+    given = state(batch, beam, 33, vocab, step, device, seed=vocab + beam)
+    given["logits"] = given["logits"].to(dtype)  # 16 bits: many are equal
+    given["complete"][1] = beam
+    given["limits"][0] = step
+    given["forced"][0, step] = EOS
+    compare(given, vocab)
+
+
+@pytest.mark.parametrize("settings", [(0.3, 0.0, 1.0), (2.5, 4.0, 20.0), (1.0, -6.0, 0.0)], ids=str)
+def test_settings(settings, device):
+    for seed in range(4):
+        given = state(3, 4, 12, 300, 5, device, seed)
+        given["settings"] = torch.tensor(settings, device=device)
+        compare(given, 300)
+
+
+def test_forced_tokens(device):
+    for step in (0, 3):
+        given = state(5, 3, 12, 90, step, device)
+        given["settings"] = torch.tensor([1.0, 2.0, 8.0], device=device)
+        given["forced"][:, step] = torch.tensor([EOS, 80, UNK, PAD, EOS], dtype=torch.int32)
+        given["limits"][0] = step
+        compare(given, 90)
+
+
+def test_what_is_no_number_comes_last(device):
+    given = state(2, 3, 12, 90, 4, device)
+    given["logits"][1] = torch.nan
+    given["logits"][2, 5] = torch.inf
+    compare(given, 90)
+    assert (given["record"][4, 0, :, 4] == 0).all()
+
+
+def test_a_search_of_many_steps(device):
+    vocab, steps = 130, 20
+    given = state(6, 4, steps, vocab, 0, device)
+    other = {name: tensor.cpu().clone() for name, tensor in given.items()}
+    draw = torch.Generator().manual_seed(9)
+    for _ in range(steps):
+        logits = torch.randn(24, 192, generator=draw)
+        given["logits"], other["logits"] = logits.to(device), logits
+        if bool((other["complete"] == 4).all()):
+            break
+        run(given, vocab)
+        run(other, vocab)
+    assert torch.equal(given["ancestors"].cpu(), other["ancestors"])
+    assert torch.equal(given["record"][..., [0, 2, 3, 4]].cpu(), other["record"][..., [0, 2, 3, 4]])
+    assert given["steps"].tolist() == other["steps"].tolist()
+
+
+def test_what_does_not_fit_is_named(device):
+    given = state(2, 3, 5, 50, 2, device)
+    given["scores"] = given["scores"].double()
+    given["complete"] = given["complete"][:1]
+    with pytest.raises(ValueError, match=r"complete must be \(2,\).*scores must be \(2, 3\) torch.float32"):
+        run(given, 50)
+    with pytest.raises(ValueError, match="at most 16 beams"):
+        run(state(1, 17, 5, 90, 2, device), 90)
+
+
+def test_contract(device):
+    if device.type == "cpu":
+        given = state(2, 3, 5, 50, 2, device)
+        torch.library.opcheck(torch.ops.lightseq.token_statistics.default,
+                              (given["logits"], given["settings"], 50, PAD, EOS, UNK))
