@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark_commands  # noqa: E402
 import benchmark_ops  # noqa: E402
 import step_profile  # noqa: E402
 from step_profile import Kernel  # noqa: E402
@@ -133,3 +134,32 @@ def test_quality_benchmark_trains_averages_and_scores(joined_data_bin, tmp_path)
         assert f"model: {'LSTransformerModel' if row['contender'] == 'lightseq' else 'TransformerModel'}" in log
         assert "num_updates: 18 >= max_update: 18" in log
     assert "| lightseq fp32 |" in out and "| fairseq fp32 |" in out
+
+
+def test_commands_are_measured_by_what_they_print(joined_data_bin, tmp_path):
+    narrow = [flag for side in ("encoder", "decoder") for flag in (
+        f"--{side}-layers", 1, f"--{side}-embed-dim", 16, f"--{side}-ffn-embed-dim", 16,
+        f"--{side}-attention-heads", 2)]
+    out = benchmark("benchmark_commands.py", joined_data_bin, "--cases", "base-300", "--epochs", 2, "--log-interval", 2,
+                    "--num-workers", 0, "--out", tmp_path, *narrow)
+    rows = json.loads((tmp_path / "commands.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["fairseq", "lightseq"]
+    assert all(row["words_per_s"] > row["updates_per_s"] > 0 for row in rows)
+    assert out.splitlines()[-1].startswith("| base-300 fp32 | 1 | ")
+
+
+def test_words_a_second_are_those_of_the_last_epoch():
+    lines = [{"epoch": 1, "wps": "9", "ups": "9"}, {"epoch": 2, "wps": "1", "ups": "1"},
+             {"epoch": 2, "wps": "100", "ups": "2"}, {"epoch": 2, "wps": "300", "ups": "4"}]
+    log = "\n".join(f"2026-01-01 | INFO | train_inner | {json.dumps(line)}" for line in lines)
+    words, updates = benchmark_commands.words_per_second(log, epoch=2)
+    assert words == pytest.approx((50 + 75) / (0.5 + 0.25)) and updates == pytest.approx(2 / 0.75)
+    with pytest.raises(ValueError, match="no line of epoch 3"):
+        benchmark_commands.words_per_second(log, epoch=3)
+
+
+def test_ratios_are_to_fairseq_and_to_the_fewest_gpus():
+    rows = [{"case": "base-512", "dtype": "fp16", "gpus": gpus, "contender": contender, "words_per_s": words}
+            for gpus, contender, words in ((1, "fairseq", 10), (1, "lightseq", 200), (4, "lightseq", 760))]
+    assert benchmark_commands.table(rows).splitlines()[2:] == [
+        "| base-512 fp16 | 1 | 10 | 200 | 20.0 | 1.00 |", "| base-512 fp16 | 4 |  | 760 |  | 3.80 |"]
