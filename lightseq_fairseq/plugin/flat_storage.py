@@ -38,6 +38,7 @@ class FlatStorage:
         places, size = _places(params, neighbours)
         if wrapped and optimizer.has_flat_params:
             (flat,) = optimizer.fp32_params.values()
+            flat.grad = None  # fairseq's fp32 gradients, as large as the master, which nothing writes any more
             self.masters, self.master = [flat], flat.data
             in_master = [0, *torch.tensor([p.numel() for p in params]).cumsum(0).tolist()]
             ranges = [(m, p, param.numel()) for m, p, param in zip(in_master, places, params, strict=False)]

@@ -150,7 +150,9 @@ class WholeStep:
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()  # what the eager update held; torch.cuda.graph would do so, and wait, every time
+            # what the eager update held; torch.cuda.graph would do so, and wait, every time
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
         assert self.stream is not None
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
