@@ -70,15 +70,10 @@ class BatchViews(NamedTuple):
                 Packing(None, self.cu_target, self.target_positions, bucket.sentences, bucket.width))
 
 
-def round_up(count: int, least: int) -> int:
-    """The next size of at most an eighth more, a multiple of ``least``."""
-    step = max(least, 1 << max(count.bit_length() - 4, 0))
+def round_up(count: int, least: int, steps: int = 8) -> int:
+    """The next size of at most a ``steps``-th more, a multiple of ``least``."""
+    step = max(least, 1 << max(count.bit_length() - steps.bit_length(), 0))
     return -(-count // step) * step
-
-
-def round_up_to_power(count: int, least: int) -> int:
-    """The next power of two, at least ``least``."""
-    return max(least, 1 << (count - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,8 @@ class PackedBatch:
     bucket: Bucket
     buffer: Tensor
     """(words,) int64."""
+    real: Bucket
+    """What of the bucket is no padding."""
 
     @classmethod
     def of(cls, sample: dict[str, Any], pad: int, ignore_prefix_size: int = 0) -> PackedBatch:
@@ -101,29 +98,45 @@ class PackedBatch:
         targets = target_packing.pack(target)
         if ignore_prefix_size > 0:
             targets = targets.masked_fill(target_packing.positions < ignore_prefix_size, pad)
+        longest = max(int(packing.cu_seqlens.diff().max()) for packing in (source_packing, target_packing))
+        real = Bucket(source_packing.positions.numel(), targets.numel(), source_packing.batch, longest)
+        return cls._in_bucket(_smallest_bucket(real), real, pad, BatchViews(
+            source_packing.pack(source), source_packing.positions, target_packing.pack(previous),
+            target_packing.positions, targets, source_packing.cu_seqlens, target_packing.cu_seqlens,
+            torch.zeros(CONTROLS)))
 
-        bucket, fill = _bucket_for(source_packing, target_packing)
+    @classmethod
+    def _in_bucket(cls, bucket: Bucket, real: Bucket, pad: int, parts: BatchViews) -> PackedBatch:
+        """A buffer of the real beginnings of ``parts``, filled up with padding."""
+        fill = padding_sentences(bucket, real)
+        if fill is None:
+            raise ValueError(f"{real} does not fit into {bucket}")
         buffer = torch.full((bucket.words,), pad, dtype=torch.int64)
         views = bucket.views(buffer)
-        for packing, tokens, positions, offsets, lengths in (
-                (source_packing, views.source_tokens, views.source_positions, views.cu_source, fill[0]),
-                (target_packing, views.previous_tokens, views.target_positions, views.cu_target, fill[1])):
-            count = packing.positions.numel()
-            tokens[:count] = packing.pack(source if packing is source_packing else previous)
-            positions[:count] = packing.positions
-            positions[count:] = 0
-            ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0) + count
-            offsets[:packing.batch + 1] = packing.cu_seqlens
-            offsets[packing.batch + 1:packing.batch + 1 + len(lengths)] = ends
-            offsets[packing.batch + 1 + len(lengths):] = count + sum(lengths)
-        views.targets[:targets.numel()] = targets
-        return cls(bucket, buffer)
+        for count, names in ((real.source, ("source_tokens", "source_positions")),
+                             (real.target, ("previous_tokens", "target_positions", "targets"))):
+            for name in names:
+                getattr(views, name)[:count] = getattr(parts, name)[:count]
+        views.source_positions[real.source:] = 0
+        views.target_positions[real.target:] = 0
+        end = real.sentences + 1
+        for offsets, own, lengths in ((views.cu_source, parts.cu_source, fill[0]),
+                                      (views.cu_target, parts.cu_target, fill[1])):
+            offsets[:end] = own[:end]
+            ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0) + own[real.sentences]
+            offsets[end:end + len(lengths)] = ends
+            offsets[end + len(lengths):] = own[real.sentences] + sum(lengths)
+        return cls(bucket, buffer, real)
+
+    def moved(self, bucket: Bucket, pad: int) -> PackedBatch:
+        """The same batch in another bucket that :func:`padding_sentences` finds fit for it."""
+        return self._in_bucket(bucket, self.real, pad, self.bucket.views(self.buffer))
 
     def uncounted(self, pad: int) -> PackedBatch:
         """The same batch with no target that counts."""
         buffer = self.buffer.clone()
         self.bucket.views(buffer).targets.fill_(pad)
-        return PackedBatch(self.bucket, buffer)
+        return PackedBatch(self.bucket, buffer, self.real)
 
 
 @dataclass(frozen=True)
@@ -141,23 +154,30 @@ class PackingCollater:
             return sample
         batch = PackedBatch.of(sample, self.pad, self.ignore_prefix_size)
         return {"nsentences": sample["target"].size(0), "ntokens": sample["ntokens"],
-                PACKED: (Bucket(*batch.bucket), batch.buffer)}
+                PACKED: (batch.bucket, batch.buffer, batch.real)}
 
 
-def _bucket_for(source: Packing, target: Packing) -> tuple[Bucket, tuple[list[int], list[int]]]:
-    """The smallest bucket that holds both sides, and the lengths of the padding sentences of each.
+def padding_sentences(bucket: Bucket, real: Bucket) -> tuple[list[int], list[int]] | None:
+    """Lengths of the source and target sides of sentences that fill ``bucket`` up; None where that cannot be.
 
-    Where a padding sentence has a target it has a source too: attention over nothing is undefined.
+    Where such a sentence has a target it has a source too: attention over nothing is undefined.
     """
-    width = round_up(max(int(source.cu_seqlens.diff().max()), int(target.cu_seqlens.diff().max())), 16)
-    real_source, real_target = source.positions.numel(), target.positions.numel()
-    sizes = [round_up(real_source, 64), round_up(real_target, 64)]
-    while True:
-        spare = sizes[0] - real_source, sizes[1] - real_target
-        count = max(-(-spare[0] // width), -(-spare[1] // width))
-        if spare[0] >= min(count, spare[1]):
-            break
-        sizes[0] = round_up(sizes[0] + 1, 64)
-    fill = tuple([n // count + (i < n % count) for i in range(count)] if count else [] for n in spare)
-    sentences = round_up_to_power(source.batch + count, 16)
-    return Bucket(*sizes, sentences, width), fill  # type: ignore[return-value]
+    spare = bucket.source - real.source, bucket.target - real.target
+    count = max(-(-n // bucket.width) for n in spare)
+    if (min(spare) < 0 or real.width > bucket.width or real.sentences + count > bucket.sentences
+            or spare[0] < min(count, spare[1])):
+        return None
+    source, target = ([n // count + (i < n % count) for i in range(count)] if count else [] for n in spare)
+    return source, target
+
+
+def _smallest_bucket(real: Bucket) -> Bucket:
+    """Tokens to an eighth, the width to a half, sentences to a power of four: the latter two cost little."""
+    width, source, sentences = round_up(real.width, 32, steps=2), round_up(real.source, 64), 64
+    target = round_up(real.target, 64)
+    while padding_sentences(bucket := Bucket(source, target, sentences, width), real) is None:
+        if sentences < real.sentences + max(source - real.source, target - real.target) // width + 1:
+            sentences *= 4
+        else:
+            source = round_up(source + 1, 64)
+    return bucket

@@ -9,6 +9,7 @@ run one by one.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
 from lightseq_fairseq.ops.flat_adam import flat_adam_
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
 from lightseq_fairseq.plugin.gradient_reduction import GradientReduction
+from lightseq_fairseq.plugin.graph_choice import GraphChoice
 from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch
 
 
@@ -78,6 +80,7 @@ class WholeStep:
         self.graphs: dict[tuple[Bucket, bool, bool], torch.cuda.CUDAGraph] = {}
         # before the stream of the weight gradients, wherever both have something to run
         self.stream = torch.cuda.Stream(self.device, priority=-1) if self._on_gpu else None
+        self.choices = defaultdict[tuple[bool, bool], GraphChoice](GraphChoice)
         self.inputs: dict[Bucket, Tensor] = {}
         self.staging: dict[Bucket, list[Tensor]] = {}
         self.pool: Any = None
@@ -100,18 +103,22 @@ class WholeStep:
         ``counts`` are its sample size, tokens and sentences. The rates are those for the outcomes of the update
         before, which need not have ended.
         """
+        replays = self._on_gpu and self.warm
+        if replays:
+            bucket = self.choices[first, last](batch.bucket, batch.real)
+            batch = batch if bucket == batch.bucket else batch.moved(bucket, self.config.pad)
         bucket = batch.bucket
         controls = bucket.views(batch.buffer).controls
         controls[:7] = torch.tensor([*if_good, *if_overflow, *counts])
         self._to_device(batch)
-        key = bucket, first, last
-        if not self._on_gpu or not self.warm:
-            self.warm = last  # a whole update: by it every rank learns in which order to reduce gradients
-            self._run(bucket, first, last)
-        else:
+        if replays:
+            key = bucket, first, last
             if key not in self.graphs:
                 self.graphs[key] = self._capture(*key)
             self.graphs[key].replay()
+        else:
+            self.warm = last  # a whole update: by it every rank learns in which order to reduce gradients
+            self._run(bucket, first, last)
         if last:
             slot = self.launched % 2
             self.landing[slot].copy_(self.result, non_blocking=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch, round_up
+from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch, padding_sentences, round_up
 
 PAD = 1
 
@@ -50,6 +50,37 @@ def test_every_token_is_there_in_its_sentence(case):
             assert positions[begin:end].tolist() == list(range(length))
         assert tokens[sum(lens):].eq(PAD).all()
         assert offsets[-1] == tokens.numel() and offsets.diff().ge(0).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_larger_bucket_holds_the_same(case):
+    batch = PackedBatch.of(collated(*CASES[case]), PAD)
+    tokens, _, sentences, width = batch.bucket
+    larger = Bucket(tokens + 448, batch.bucket.target + 128, sentences, 2 * width)
+    moved = batch.moved(larger, PAD)
+    assert moved.bucket == larger and moved.real == batch.real
+    old, new = batch.bucket.views(batch.buffer), larger.views(moved.buffer)
+    for name, count in (("source_tokens", batch.real.source), ("source_positions", batch.real.source),
+                        ("previous_tokens", batch.real.target), ("target_positions", batch.real.target),
+                        ("targets", batch.real.target), ("cu_source", batch.real.sentences + 1),
+                        ("cu_target", batch.real.sentences + 1)):
+        assert torch.equal(getattr(new, name)[:count], getattr(old, name)[:count]), name
+    assert new.targets[batch.real.target:].eq(PAD).all()
+    for offsets, size in ((new.cu_source, larger.source), (new.cu_target, larger.target)):
+        lengths = offsets.diff()
+        assert offsets[-1] == size and lengths.ge(0).all() and lengths.max() <= larger.width
+    assert new.cu_source.diff()[new.cu_target.diff() > 0].gt(0).all()
+
+
+def test_what_a_bucket_cannot_hold():
+    real = Bucket(source=100, target=90, sentences=10, width=20)
+    assert padding_sentences(Bucket(128, 128, 16, 32), real) == ([14, 14], [19, 19])
+    assert padding_sentences(Bucket(128, 64, 16, 32), real) is None, "too few tokens"
+    assert padding_sentences(Bucket(128, 128, 11, 32), real) is None, "too few sentences"
+    assert padding_sentences(Bucket(128, 128, 16, 16), real) is None, "too narrow"
+    assert padding_sentences(Bucket(101, 128, 16, 32), real) is None, "a target without a source"
+    with pytest.raises(ValueError, match="does not fit"):
+        PackedBatch.of(collated(*CASES["many"]), PAD).moved(Bucket(64, 64, 64, 64), PAD)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -37,7 +37,8 @@ def dataset():
 
 def packed(collate, examples: list[dict]) -> tuple:
     sample = PackingCollater(collate, PAD, ignore_prefix_size=2)(examples)
-    return sample["nsentences"], sample["ntokens"], *sample[PACKED]
+    bucket, buffer, real = sample[PACKED]
+    return sample["nsentences"], sample["ntokens"], bucket, real, buffer
 
 
 @pytest.mark.parametrize("count, longest", [(1, 1), (1, 9), (2, 1), (37, 12), (300, 40)])
