@@ -31,7 +31,8 @@ progress() {
   fi
   printf '%s: failed\n' "$message" >&2
   tail -n 15 "$log" >&2
-  if tail -n 40 "$log" | grep -qE 'NewConnection|NameResolution|Timeout|ProxyError|wheel \(from versions: none'; then
+  if tail -n 40 "$log" |  # the last: pip gave up on the first package that is not there, which depends on the Python
+    grep -qE 'NewConnection|NameResolution|Timeout|ProxyError|(setuptools|wheel) \(from versions: none'; then
     fail "pip cannot reach its package index: check the network, or name a mirror in PIP_INDEX_URL, and run this again"
   fi
   fail "the step above failed (all of its output: $log); mend the cause and run this again, it goes on from here"
