@@ -141,7 +141,7 @@ def can_plot() -> bool:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of milliseconds an update, on a log scale."""
+    """Bars of milliseconds an update."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -155,7 +155,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         heights = [next(r["ms"] for r in rows if (r["case"], r["contender"]) == (case, contender)) for case in cases]
         bars = axes.bar([i + width * offset for i in range(len(cases))], heights, 0.95 * width, label=contender)
         axes.bar_label(bars, fmt="%.1f")
-    axes.set(yscale="log", ylabel="ms an update", title=title)
+    axes.set(ylabel="ms an update", title=title)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], cases)
     axes.legend()
     figure.savefig(path, dpi=120)
