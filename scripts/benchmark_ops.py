@@ -376,12 +376,16 @@ class Clock:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, chooses GEMMs, allocates
+                self.flush()
                 function()
         torch.cuda.synchronize()
         both = self._capture(lambda: (self.flush(), function()))
-        reads = self._capture(self.flush)
-        return [(self._milliseconds(both) - self._milliseconds(reads)) * 1e3 / self.repeats
+        return [(self._milliseconds(both) - self._milliseconds(self._reads)) * 1e3 / self.repeats
                 for _ in range(self.replays + 2)][2:]
+
+    @functools.cached_property
+    def _reads(self) -> torch.cuda.CUDAGraph:
+        return self._capture(self.flush)
 
     def _capture(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
