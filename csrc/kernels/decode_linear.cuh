@@ -363,11 +363,9 @@ void launch(const Operands<T>& a, cudaStream_t stream) {
                            Shape::bytes(a.inner / a.splits), a.splits, stream, a);
 }
 
-// Tiles grow with the rows; the outputs of a whole vocabulary take wide ones.
+// Tiles grow with the rows.
 template <typename T>
 void forward(const Operands<T>& a, cudaStream_t stream) {
-  constexpr int kWide = 8192;
-  if (a.rows <= 16 && a.outer > kWide) return launch<T, Tile<16, 64, 1, 4, 2>>(a, stream);
   if (a.rows <= 16) return launch<T, Tile<16, 16, 1, 1, 4>>(a, stream);
   if (a.rows <= 32) return launch<T, Tile<32, 16, 2, 1, 4>>(a, stream);
   launch<T, Tile<64, 32, 2, 2, 2>>(a, stream);

@@ -159,11 +159,12 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     pool, scores = pool.chosen(order), scores[order]
     tokens, positional, path = _follow_back(pool, record, eos)
     attention = attention_along(path, pool.sentences)
+    attentions = [None] * len(scores) if attention is None else [
+        rows[:step + 1] for rows, step in zip(attention, pool.steps, strict=True)]
     found: list[list[Hypothesis]] = [[] for _ in range(batch)]
-    for row, (sentence, step) in enumerate(zip(pool.sentences.tolist(), pool.steps.tolist(), strict=True)):
-        found[sentence].append(Hypothesis(
-            tokens[row, :step + 1], float(scores[row]), positional[row, :step + 1],
-            None if attention is None else attention[row, :step + 1]))
+    for sentence, *hypothesis in zip(pool.sentences.tolist(), tokens, scores.tolist(), positional, attentions,
+                                     strict=True):
+        found[sentence].append(Hypothesis(*hypothesis))
     return found
 
 
@@ -181,23 +182,25 @@ def _rank_within(groups: Ints) -> Ints:
     return np.arange(groups.size) - np.searchsorted(groups, groups)
 
 
-def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Tensor, Tensor, Ints]:
-    """Tokens, their own scores, and the beam that each was chosen for, (N, T); meaningless after the last step."""
-    _, _, _, tokens, parents, scores = record  # (T, B, K) each
-    count = max(pool.steps.tolist(), default=-1) + 1
+def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Ints]:
+    """Of each of N hypotheses its tokens and their own scores, and the beam that each token was chosen for, (N, T),
+    which is meaningless after the last step."""
+    _, _, _, tokens, parents, scores = (column.reshape(len(column), -1) for column in record)  # (T, B * K) each
+    count, beam = int(pool.steps.max(initial=-1)) + 1, record[0].shape[2]
     path = np.empty((count, pool.steps.size), np.int64)
     found, totals = np.empty_like(path), np.empty(path.shape, np.float32)
-    beams = pool.beams
+    beams, first = pool.beams, pool.sentences * beam
     for step in reversed(range(count)):
-        found[step] = tokens[step, pool.sentences, beams]
-        totals[step] = scores[step, pool.sentences, beams]
-        beams = np.where(pool.steps > step, parents[step, pool.sentences, beams], beams)
-        path[step] = beams
-    rows = np.arange(pool.steps.size)
-    found[pool.steps, rows], totals[pool.steps, rows] = eos, pool.totals
+        rows = first + beams
+        found[step], totals[step] = tokens[step].take(rows), scores[step].take(rows)
+        path[step] = beams = np.where(pool.steps > step, parents[step].take(rows), beams)
+    ends = np.arange(pool.steps.size)
+    found[pool.steps, ends], totals[pool.steps, ends] = eos, pool.totals
     with np.errstate(invalid="ignore"):  # idle beams, followed beyond the last step
         totals[1:] -= totals[:-1].copy()
-    return torch.from_numpy(found.T.copy()), torch.from_numpy(totals.T.copy()), path.T
+    real, lengths = np.arange(count) <= pool.steps[:, None], (pool.steps + 1).tolist()
+    ours, theirs = (torch.split(torch.from_numpy(column.T[real]), lengths) for column in (found, totals))
+    return ours, theirs, path.T
 
 
 def align(attention: Tensor, source_words: Tensor, target_words: Tensor) -> list[tuple[int, int]]:

@@ -95,12 +95,12 @@ class DecodeStep:
                 steps: Tensor) -> DecodeBuffers:
         """New memory; ``cu_seqlens`` and ``steps`` are the caller's."""
         layer, layers = self.layers[0], len(self.layers)
-        like = dict(dtype=self.dtype, device=self.device)
+        new_zeros = self.output.new_zeros
         return DecodeBuffers(
-            torch.zeros(layers, 2, batch, layer.heads, steps_at_most * beam, layer.head_dim, **like),
-            torch.zeros(layers, source_tokens, 2, layer.heads, layer.head_dim, **like), cu_seqlens,
-            torch.zeros(batch, beam, steps_at_most, dtype=torch.uint8, device=self.device), steps,
-            torch.zeros(batch * beam, self.config.input_dim, **like))
+            new_zeros(layers, 2, batch, layer.heads, steps_at_most * beam, layer.head_dim),
+            new_zeros(layers, source_tokens, 2, layer.heads, layer.head_dim), cu_seqlens,
+            new_zeros(batch, beam, steps_at_most, dtype=torch.uint8), steps,
+            new_zeros(batch * beam, self.config.input_dim))
 
     def start(self, source: Tensor, buffers: DecodeBuffers) -> None:
         """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input."""

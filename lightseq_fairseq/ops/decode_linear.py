@@ -24,8 +24,8 @@ from lightseq_fairseq.ops.layer_norm import norm_forward
 
 MAX_ROWS = 64
 """Rows up to which the kernel is faster than torch's GEMM and an operator beside it (H200, 512 columns)."""
-WIDE, MAX_WIDE_ROWS = 8192, 16
-"""The same for outputs of more columns than the first."""
+MAX_OUTER = 8192
+"""Outputs up to which it is: with 4 rows and 28 672 outputs it takes 12.5 us, torch's GEMM 6.5 and a norm 1.6."""
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
@@ -78,8 +78,8 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`decode_linear` is the way to go for these, and not torch's GEMM."""
-    most = MAX_ROWS if weight.size(0) <= WIDE else MAX_WIDE_ROWS
-    return x.size(0) <= most and (not x.is_cuda or (_extension.loaded() and _compiled(x, weight)))
+    return (x.size(0) <= MAX_ROWS and weight.size(0) <= MAX_OUTER
+            and (not x.is_cuda or (_extension.loaded() and _compiled(x, weight))))
 
 
 def _compiled(x: Tensor, weight: Tensor) -> bool:
