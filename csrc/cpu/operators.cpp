@@ -68,14 +68,15 @@ struct Decoder {
 struct Step {
   int step, fed, beam, capacity, num_layers, heads, head_dim;
   const int64_t* tokens;  // (B, fed)
-  const int64_t* live;    // (B,) rows of the live sentences in cache, paths and cu_seqlens
+  const int64_t* live;    // (B,) rows of the live sentences in cache, paths, starts and lengths
   float* cache;           // (B0, layers, H, capacity, K, 2, D); what one head reads lies together
   int32_t* paths;         // (B0, capacity, K)
   const float* sources;   // (layers, H, N, 2, D): keys and values of the source tokens, or null
-  const int32_t* cu_seqlens;
-  int64_t num_sources;  // N
-  float* logits;        // (B, fed, V)
-  float* attention;     // (B, fed, S) zeros, or null
+  const int32_t* starts;   // (B0,) the first source token of each sentence
+  const int32_t* lengths;  // (B0,) and how many it has
+  int64_t num_sources;     // N
+  float* logits;           // (B, fed, V)
+  float* attention;        // (B, fed, S) zeros, or null
   int64_t attention_width;
 
   float* slots(int64_t b, int layer, int head) const {
@@ -83,9 +84,9 @@ struct Step {
   }
   int32_t* path(int64_t b) const { return paths + live[b] * capacity * beam; }
   const float* source(int64_t b, int layer, int head) const {
-    return sources + ((int64_t{layer} * heads + head) * num_sources + cu_seqlens[live[b]]) * 2 * head_dim;
+    return sources + ((int64_t{layer} * heads + head) * num_sources + starts[live[b]]) * 2 * head_dim;
   }
-  int source_length(int64_t b) const { return sources ? cu_seqlens[live[b] + 1] - cu_seqlens[live[b]] : 0; }
+  int source_length(int64_t b) const { return sources ? lengths[live[b]] : 0; }
 
   // Beam k of each sentence continues beam parents[b, k]; the newest slot of a beam is its own.
   void follow(int64_t b, const int64_t* parents) const {
@@ -250,8 +251,8 @@ class Pieces {
 // See the schema below and IncrementalDecoder in lightseq_fairseq/layers/incremental.py, whose step this is.
 Tensor decoder_step(Tensor packed, Tensor shape, double eps, Tensor embeddings, std::optional<Tensor> position,
                     Tensor tokens, std::optional<Tensor> parents, Tensor live, Tensor cache, Tensor paths,
-                    std::optional<Tensor> sources, std::optional<Tensor> cu_seqlens, std::optional<Tensor> attention,
-                    int64_t step_index, int64_t lanes) {
+                    std::optional<Tensor> sources, std::optional<Tensor> starts, std::optional<Tensor> lengths,
+                    std::optional<Tensor> attention, int64_t step_index, int64_t lanes) {
   const int64_t* const sizes = data<int64_t>(shape);
   const int columns = static_cast<int>(embeddings.size(1)), types = static_cast<int>(sizes[3]);
   const bool has_embedding_norm = sizes[5], has_final_norm = sizes[6], has_cross = sizes[7];
@@ -271,8 +272,8 @@ Tensor decoder_step(Tensor packed, Tensor shape, double eps, Tensor embeddings, 
   const Step step{static_cast<int>(step_index), static_cast<int>(fed), static_cast<int>(cache.size(4)),
                   static_cast<int>(cache.size(3)), model.num_layers, model.heads, static_cast<int>(cache.size(6)),
                   data<int64_t>(tokens), data<int64_t>(live), data<float>(cache), data<int32_t>(paths),
-                  sources ? data<float>(*sources) : nullptr, cu_seqlens ? data<int32_t>(*cu_seqlens) : nullptr,
-                  sources ? sources->size(2) : 0, data<float>(logits),
+                  sources ? data<float>(*sources) : nullptr, starts ? data<int32_t>(*starts) : nullptr,
+                  lengths ? data<int32_t>(*lengths) : nullptr, sources ? sources->size(2) : 0, data<float>(logits),
                   attention ? data<float>(*attention) : nullptr, attention ? attention->size(2) : 0};
   const int64_t* const parent = parents ? data<int64_t>(*parents) : nullptr;
   const int64_t grain = std::max<int64_t>(1, 16 / fed);  // sentences worth a thread
@@ -340,8 +341,8 @@ std::tuple<Tensor, Tensor, Tensor> best_continuations(Tensor table, std::optiona
 STABLE_TORCH_LIBRARY(lightseq_cpu, m) {
   m.def(
       "decoder_step(Tensor packed, Tensor shape, float eps, Tensor embeddings, Tensor? position, Tensor tokens,"
-      " Tensor? parents, Tensor live, Tensor(a!) cache, Tensor(b!) paths, Tensor? sources, Tensor? cu_seqlens,"
-      " Tensor(c!)? attention, int step, int lanes) -> Tensor");
+      " Tensor? parents, Tensor live, Tensor(a!) cache, Tensor(b!) paths, Tensor? sources, Tensor? starts,"
+      " Tensor? lengths, Tensor(c!)? attention, int step, int lanes) -> Tensor");
   m.def("encode(Tensor packed, Tensor shape, float eps, Tensor(a!) x, Tensor cu_seqlens, int lanes) -> ()");
   m.def("log_softmax_(Tensor(a!) table, int lanes) -> ()");
   m.def("best_continuations(Tensor table, Tensor? scores, int count, int lanes) -> (Tensor, Tensor, Tensor)");

@@ -115,8 +115,8 @@ class CompiledDecoder:
         parents, state.parents = state.parents, None
         logits: Tensor = self._step(
             self.packed, self.shape, self.eps, self.embeddings, position, tokens.contiguous(), parents, state.live,
-            state.cache, state.paths, state.sources, state.cu_seqlens, state.attention, state.steps - 1,
-            self.lanes)
+            state.cache, state.paths, state.sources, state.starts, state.lengths, state.attention,
+            state.steps - 1, self.lanes)
         return logits
 
 
@@ -161,7 +161,7 @@ def _fits(stack: TransformerEncoder | TransformerDecoder, width: int, inner: int
 
 
 class CompiledState:
-    """Keys, values and ancestry of one batch; sentences that leave only leave ``live``.
+    """Keys, values and ancestry of one batch; sentences that leave stay in the cache until it grows.
 
     ``cache`` (B0, L, H, T, K, 2, D) holds key and value of each token fed; ``paths`` (B0, T, K) int32 says which of
     the K slots of each step lies in the history of beam k; ``sources`` (L, H, N, 2, D) are the sources' own.
@@ -173,29 +173,37 @@ class CompiledState:
         self.live = torch.arange(batch)
         self.attention: Tensor | None = None  # (B, K', S)
         self.parents: Tensor | None = None
-        self.sources = self.cu_seqlens = None
+        self.sources = self.starts = self.lengths = None
         self.width = 0
         heads, head_dim = model.heads, model.embeddings.size(1) // model.heads
         if source is not None and packing is not None and model.cross_kv is not None:
             projected = model.cross_kv(source).view(-1, model.num_layers, 2, heads, head_dim)
             self.sources = projected.permute(1, 3, 0, 2, 4).contiguous()
-            self.cu_seqlens, self.width = packing.cu_seqlens, packing.width
+            self.starts, self.lengths = packing.cu_seqlens[:-1], packing.cu_seqlens.diff()
+            self.width = packing.width
         self.cache = torch.empty(batch, model.num_layers, heads, _FIRST_CAPACITY, beam, 2, head_dim)
         self.paths = torch.empty(batch, _FIRST_CAPACITY, beam, dtype=torch.int32)
 
     def advance(self, fed: int, need_attention: bool) -> None:
         """Make room for one more token of ``fed`` beams."""
-        used = self.steps
-        if used == self.paths.size(1):
-            cache, paths = self.cache, self.paths
-            batch, layers, heads, _, *rest = cache.shape
-            self.cache = cache.new_empty(batch, layers, heads, 2 * used, *rest)
-            self.paths = paths.new_empty(batch, 2 * used, self.beam)
-            self.cache[:, :, :, :used], self.paths[:, :used] = cache, paths
+        if self.steps == self.paths.size(1):
+            self._grow()
         self.steps += 1
         self.attention = None
         if need_attention and self.sources is not None:
             self.attention = torch.zeros(self.live.numel(), fed, self.width)
+
+    def _grow(self) -> None:
+        """Twice the steps, for the live sentences alone."""
+        used, live = self.steps, self.live
+        _, layers, heads, _, *rest = self.cache.shape
+        cache = self.cache.new_empty(live.numel(), layers, heads, 2 * used, *rest)
+        paths = self.paths.new_empty(live.numel(), 2 * used, self.beam)
+        for new, old in enumerate(live.tolist()):
+            cache[new, :, :, :used], paths[new, :used] = self.cache[old], self.paths[old]
+        if self.starts is not None and self.lengths is not None:
+            self.starts, self.lengths = self.starts[live], self.lengths[live]
+        self.cache, self.paths, self.live = cache, paths, torch.arange(live.numel())
 
     def reorder(self, parents: Tensor) -> None:
         """Beam k of sentence b continues its beam ``parents[b, k]``, (B, K) int64; done as the next step begins."""
