@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -29,6 +29,22 @@ from lightseq_fairseq.plugin.pair_collater import PairCollater
 from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
 
 logger = logging.getLogger(__name__)
+
+
+class _Loop(NamedTuple):
+    """Options that fairseq's loop, or ours, heeds after every update; to read one from the config takes 25 us."""
+
+    seed: int
+    intervals: tuple[int, ...]
+    """Updates between log lines, checkpoints and validations, where there are such."""
+    max_update: float
+    always_looks: bool
+    """Every update is waited for."""
+    skip_remainder_batch: bool
+    fp16: bool
+    store_ema: bool
+    shares_time: bool
+    """--stop-time-hours ends several ranks."""
 
 
 class LSTrainer(Trainer):
@@ -96,6 +112,18 @@ class LSTrainer(Trainer):
 
     # Steps ------------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _loop(self) -> _Loop:
+        cfg = self.cfg
+        intervals = (cfg.common.log_interval, cfg.checkpoint.save_interval_updates,
+                     cfg.dataset.validate_interval_updates)
+        by_time, store_ema = cfg.optimization.stop_time_hours > 0, bool(cfg.ema.store_ema)
+        return _Loop(
+            seed=cfg.common.seed, intervals=tuple(interval for interval in intervals if interval > 0),
+            max_update=cfg.optimization.max_update or math.inf, always_looks=by_time or (store_ema and cfg.common.fp16),
+            skip_remainder_batch=cfg.optimization.skip_remainder_batch, fp16=bool(cfg.common.fp16),
+            store_ema=store_ema, shares_time=by_time and self.data_parallel_world_size > 1)
+
     @metrics.aggregate("train")
     def train_step(self, samples: list[Any], raise_oom: bool = False) -> Any:
         """One update; the values it logs are those of the update before, unless fairseq is about to look at them.
@@ -105,7 +133,7 @@ class LSTrainer(Trainer):
         step = self._whole_step()
         if step is None:
             return super().train_step(samples, raise_oom)
-        self._set_seed()
+        self._seed_generators()
         if not self.model.training:
             self.model.train()
             self.criterion.train()
@@ -118,15 +146,25 @@ class LSTrainer(Trainer):
             logging_output = self.finish_steps()
             self._log_free_memory()
         overflowed = self._pending is None and logging_output is None
-        if self.cfg.optimization.stop_time_hours > 0 and self.data_parallel_world_size > 1:
+        if self._loop.shares_time:
             self._cumulative_training_time = self._mean_training_time()
-        if self.cfg.ema.store_ema and not overflowed:
+        if self._loop.store_ema and not overflowed:
             self.ema.step(self.get_model(), self.get_num_updates())
             metrics.log_scalar("ema_decay", self.ema.get_decay(), priority=10000, round=5, weight=0)
-        if self.cfg.common.fp16:
+        if self._loop.fp16:
             metrics.log_scalar("loss_scale", self.optimizer.scaler.loss_scale, priority=700, round=4, weight=0)
         metrics.log_stop_time("train_wall")
         return logging_output
+
+    def _seed_generators(self) -> None:
+        """fairseq's seed for this update, in the generators that a step may draw from.
+
+        torch.manual_seed would besides note a stack trace for each kind of device that is not there.
+        """
+        seed = self._loop.seed + self.get_num_updates()
+        torch.default_generator.manual_seed(seed)
+        if self.cuda:
+            torch.cuda.manual_seed(seed)
 
     def _log_free_memory(self) -> None:
         """``gb_free`` of fairseq's log lines, here what neither tensors nor graphs have reserved."""
@@ -224,20 +262,15 @@ class LSTrainer(Trainer):
 
         ``batches`` were taken for one update.
         """
-        cfg, updates = self.cfg, self.get_num_updates()
-        intervals = (cfg.common.log_interval, cfg.checkpoint.save_interval_updates,
-                     cfg.dataset.validate_interval_updates)
-        return (any(interval > 0 and updates % interval == 0 for interval in intervals)
-                or (cfg.optimization.max_update or updates + 1) <= updates
-                or cfg.optimization.stop_time_hours > 0
-                or (cfg.ema.store_ema and cfg.common.fp16)
-                or self._epoch_ends(batches))
+        loop, updates = self._loop, self.get_num_updates()
+        return (loop.always_looks or updates >= loop.max_update
+                or any(updates % interval == 0 for interval in loop.intervals) or self._epoch_ends(batches))
 
     def _epoch_ends(self, batches: int) -> bool:
         """Whether no further update follows in this epoch, the next one taking at most as many batches."""
         if self._train_iterator is None:
             return False
-        if not self.cfg.optimization.skip_remainder_batch:
+        if not self._loop.skip_remainder_batch:
             return self._train_iterator.end_of_epoch()
         iterator = self._train_iterator._cur_epoch_itr
         return iterator.total - iterator.n < batches
