@@ -21,6 +21,7 @@ from lightseq_fairseq.config import ConfigError
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.hypotheses import Hypothesis
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions, refused_options
+from lightseq_fairseq.generator.scoring import Scorer
 from lightseq_fairseq.model_file import ModelFile, ModelFileError
 
 _SAME_NAME = ("beam", "lenpen", "min_len", "max_len_a", "max_len_b", "match_source_len", "unkpen", "temperature",
@@ -115,8 +116,9 @@ class Substitute:
         common, args = self.cfg.common, self.cfg.generation
         dtype = torch.float16 if common.fp16 else torch.bfloat16 if common.bf16 else torch.float32
         device = "cuda" if torch.cuda.is_available() and not common.cpu else "cpu"
-        self.search = Search(Generator([model.file for model in models], device, dtype), self.options,
-                             args.print_alignment)
+        files, soft = [model.file for model in models], args.print_alignment == "soft"
+        self.search = (ReferenceScores(Scorer(files, device, dtype), self.options, soft) if args.score_reference
+                       else Search(Generator(files, device, dtype), self.options, soft))
         return self.search
 
 
@@ -207,8 +209,8 @@ class LoadedModel:
 class Search:
     """Our Generator as fairseq's ``main`` knows a generator."""
 
-    def __init__(self, generator: Generator, options: GenerationOptions, print_alignment: str | None = None) -> None:
-        self.generator, self.options, self.soft = generator, options, print_alignment == "soft"
+    def __init__(self, generator: Generator | Scorer, options: GenerationOptions, soft: bool = False) -> None:
+        self.generator, self.options, self.soft = generator, options, soft
         self.eos, self.pad = generator.config.eos, generator.config.pad
         self.symbols_to_strip_from_output = {self.eos}
         self.sentences, self.tokens, self.seconds = 0, 0, 0.0
@@ -217,14 +219,22 @@ class Search:
                  **unused: Any) -> list[list[dict[str, Any]]]:
         """Hypotheses of each sentence of a batch, best first, as fairseq's SequenceGenerator returns them."""
         started = time.perf_counter()
-        padded = sample["net_input"]["src_tokens"]  # (B, S)
-        real = padded != self.pad
-        sentences = list(padded[real].split(real.sum(1).tolist()))
-        found = self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded))
+        found = self._hypotheses(sample, prefix_tokens)
         self.sentences += len(found)
         self.tokens += sum(len(hypotheses[0].tokens) for hypotheses in found)
         self.seconds += time.perf_counter() - started
         return [[self._as_dict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
+
+    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None) -> list[list[Hypothesis]]:
+        assert isinstance(self.generator, Generator)
+        padded = sample["net_input"]["src_tokens"]
+        sentences = self._unpadded(padded)
+        return self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded))
+
+    def _unpadded(self, padded: Tensor) -> list[Tensor]:
+        """(B, S) -> B sentences."""
+        real = padded != self.pad
+        return list(padded[real].split(real.sum(1).tolist()))
 
     def _max_lens(self, sentences: Sequence[Tensor], padded: Tensor) -> list[int]:
         """fairseq's limit is one for the whole batch, by its longest source."""
@@ -245,6 +255,19 @@ class Search:
         return {"tokens": hypothesis.tokens, "score": torch.tensor(hypothesis.score),
                 "positional_scores": hypothesis.positional_scores, "attention": hypothesis.attention,
                 "alignment": alignment}
+
+
+class ReferenceScores(Search):
+    """Our Scorer in its place: the only hypothesis of a sentence is its reference (--score-reference)."""
+
+    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None) -> list[list[Hypothesis]]:
+        assert isinstance(self.generator, Scorer)
+        if sample["target"] is None:
+            raise GenerationError("--score-reference needs references, but the data has no target side")
+        found = self.generator.score(self._unpadded(sample["net_input"]["src_tokens"]),
+                                     self._unpadded(sample["target"]), self.options.return_attention,
+                                     self.options.return_alignment)
+        return [[hypothesis] for hypothesis in found]
 
 
 class HardAlignment:

@@ -16,8 +16,10 @@ def main() -> int:
 
 
 def _refused(cfg: Any) -> list[str]:
-    """What fairseq-interactive accepts and then cannot print."""
+    """What fairseq-interactive accepts and then cannot do."""
     wrong = []
+    if cfg.generation.score_reference:
+        wrong.append("--score-reference (there are none; lightseq-generate has it)")
     if cfg.generation.print_alignment == "soft":
         wrong.append("--print-alignment soft (hard works)")
     if cfg.generation.replace_unk is not None and cfg.common_eval.post_process is not None:

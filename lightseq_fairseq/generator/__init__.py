@@ -9,5 +9,6 @@ from lightseq_fairseq.generator.beam_search import decode
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.hypotheses import Hypothesis
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.scoring import Scorer
 
-__all__ = ["GenerationError", "GenerationOptions", "Generator", "Hypothesis", "decode"]
+__all__ = ["GenerationError", "GenerationOptions", "Generator", "Hypothesis", "Scorer", "decode"]

@@ -38,7 +38,7 @@ class Generator:
             raise GenerationError("a generator needs at least one model")
         first = models[0]
         for member in models[1:]:
-            _check_same_vocabulary(first, member)
+            check_same_vocabulary(first, member)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.config: TransformerConfig = first.config
         self.src_symbols, self.tgt_symbols, self.decoding = first.src_symbols, first.tgt_symbols, first.decoding
@@ -139,7 +139,8 @@ class Generator:
                                       f"source vocabulary of {vocab}; is the model that of this dictionary?")
 
 
-def _check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:
+def check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:
+    """GenerationError where two members of an ensemble have not one vocabulary a side."""
     for side, ours, theirs, sizes in (
             ("source", first.src_symbols, member.src_symbols,
              (first.config.src_vocab_size, member.config.src_vocab_size)),

@@ -23,7 +23,7 @@ class Transformer:
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = model.config, torch.device(device), dtype
-        encoder, decoder = _load_layers(model, self.device, dtype)
+        encoder, decoder = load_layers(model, self.device, dtype)
         self.encoder: InferenceEncoder | CompiledEncoder
         self.encoder = CompiledEncoder(encoder) if CompiledEncoder.serves(encoder) else InferenceEncoder(encoder)
         self.decoder: IncrementalDecoder | CompiledDecoder
@@ -66,8 +66,9 @@ class DecodeState:
         self.state.keep(sentences)
 
 
-def _load_layers(model: ModelFile, device: torch.device,
+def load_layers(model: ModelFile, device: torch.device,
                  dtype: torch.dtype) -> tuple[TransformerEncoder, TransformerDecoder]:
+    """The packed encoder and decoder of a model file, without gradients."""
     config: TransformerConfig = model.config
     with torch.device("meta"):
         source = token_embedding(config.src_vocab_size, config.encoder_embed_dim, config.pad)

@@ -14,7 +14,6 @@ _REFUSED = {
     "lm_weight": "fusion with a language model",
     "retain_dropout": "dropout at inference",
     "retain_dropout_modules": "dropout at inference",
-    "score_reference": "scoring of references",
     "decoding_format": "non-autoregressive decoding",
     "print_step": "iterative refinement",
     "retain_iter_history": "iterative refinement",

@@ -192,10 +192,32 @@ def test_half_precision_translates_alike(flag, data_bin, checkpoint):
     assert sum(same) > 0.7 * len(same)
 
 
+@pytest.mark.parametrize("more", ["", "--batch-size 7", "--print-alignment", "--nbest 3 --beam 4", "--remove-bpe"])
+def test_references_are_scored_as_fairseq_does(more, data_bin, checkpoint):
+    lines = compare(data_bin, checkpoint, "--score-reference", *more.split())
+    found, targets = ({line.split("\t")[0][2:]: line.split("\t")[-1] for line in lines if line.startswith(kind)}
+                      for kind in ("H-", "T-"))
+    assert len(found) == len(targets) > 20
+    if not more:
+        assert found == targets
+
+
+def test_references_are_scored_by_an_ensemble(data_bin, checkpoint, second_checkpoint):
+    compare(data_bin, f"{checkpoint}:{second_checkpoint}", "--score-reference")
+
+
+def test_references_without_a_target_side(data_bin, checkpoint, tmp_path):
+    for path in data_bin.iterdir():
+        if not path.name.startswith("test.xx-yy.yy."):
+            shutil.copy(path, tmp_path)
+    status, _, errors = run_command(generate.main, tmp_path, "--path", checkpoint, "--score-reference", "-s", "xx",
+                                    "-t", "yy", *HERE)
+    assert status == 2 and "needs references" in errors
+
+
 @pytest.mark.parametrize("arguments, message", [
     ("--constraints", "--constraints (lexically constrained decoding)"),
     ("--retain-dropout", "--retain-dropout (dropout at inference)"),
-    ("--score-reference", "--score-reference (scoring of references)"),
     ("--lm-path lm.pt", "--lm-path (fusion with a language model)"),
     ("--iter-decode-with-beam 3", "--iter-decode-with-beam (iterative refinement)"),
     ("--print-step", "--print-step (iterative refinement)"),
@@ -224,7 +246,8 @@ def test_every_option_of_generation_is_taken_or_refused():
     """A new one of fairseq's must not be ignored; what stands here fairseq's own main sees to, or fairseq ignores."""
     from fairseq.dataclass.configs import GenerationConfig
 
-    of_main = {"nbest", "unnormalized", "prefix_size", "print_alignment", "replace_unk", "no_seed_provided"}
+    of_main = {"nbest", "unnormalized", "prefix_size", "print_alignment", "replace_unk", "no_seed_provided",
+               "score_reference"}
     without_effect = {"no_early_stop", "no_beamable_mm", "sacrebleu"}
     taken = {*generate._SAME_NAME, *generate._ZERO_FOR_NONE, *of_main, *without_effect}
     known = {field.name for field in dataclasses.fields(GenerationConfig) if not field.name.startswith("_")}
