@@ -31,7 +31,8 @@ _GRAPHS_AHEAD = 2
 _MOST_PLANS = 16
 """Shapes remembered; the one that was used longest ago is forgotten."""
 _MOST_CACHE_BYTES = 16 << 30
-"""Keys and values of one shape; what needs more is decoded step by step, where the cache grows with the sentences."""
+"""Keys and values of all shapes remembered, on a GPU at most a quarter of its memory; what alone needs more is decoded
+step by step, where the cache grows with the sentences."""
 
 
 class _Shape(NamedTuple):
@@ -67,6 +68,9 @@ class DeviceSearch:
         served = isinstance(model.decoder, IncrementalDecoder) and decode_step.fits(model.config)
         self.step = DecodeStep(model.decoder) if served else None  # type: ignore[arg-type]
         self.plans: OrderedDict[_Shape, _Plan] = OrderedDict()
+        self.most_bytes = _MOST_CACHE_BYTES
+        if model.device.type == "cuda":
+            self.most_bytes = min(self.most_bytes, torch.cuda.get_device_properties(model.device).total_memory // 4)
 
     def takes(self, options: GenerationOptions, lengths: Sequence[int], max_lens: Sequence[int]) -> bool:
         """Whether :meth:`decode` serves such sources and options; what it does not is for beam_search.decode."""
@@ -81,10 +85,13 @@ class DeviceSearch:
         if beam > MAX_BEAM or beam * tiles > MAX_TILES or 2 * beam > config.tgt_vocab_size - 3:
             return False
         longest = max(max_lens) + 1
-        shape = _Shape.around(lengths, beam, longest)
-        row_bytes = config.decoder_layers * 2 * config.decoder_embed_dim * self.step.output.element_size()
         return (longest <= config.max_target_positions
-                and shape.batch * shape.beam * shape.steps * row_bytes <= _MOST_CACHE_BYTES)
+                and self._cache_bytes(_Shape.around(lengths, beam, longest)) <= self.most_bytes)
+
+    def _cache_bytes(self, shape: _Shape) -> int:
+        """Keys and values of self- and cross-attention."""
+        config, tokens = self.model.config, shape.batch * shape.beam * shape.steps + shape.source_tokens
+        return tokens * config.decoder_layers * 2 * config.decoder_embed_dim * self.model.dtype.itemsize
 
     @torch.no_grad()
     def decode(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
@@ -104,7 +111,8 @@ class DeviceSearch:
         if shape in self.plans:
             self.plans.move_to_end(shape)
         else:
-            while len(self.plans) >= _MOST_PLANS:
+            spare = self.most_bytes - self._cache_bytes(shape)
+            while self.plans and (len(self.plans) >= _MOST_PLANS or sum(map(self._cache_bytes, self.plans)) > spare):
                 self.plans.popitem(last=False)
             self.plans[shape] = _Plan(self.model.encoder, self.step, shape)
         return self.plans[shape]

@@ -119,6 +119,18 @@ def test_plans_are_forgotten(device, monkeypatch):
     assert [shape.batch for shape in search.plans] == [3, 1]
 
 
+def test_memory_is_bounded(device):
+    search = DeviceSearch(Transformer(random_model(), device))
+    options = GenerationOptions(beam=2)
+    a_sentence = 2 * 32 * 2 * 2 * 16 * 4  # beams, steps, layers, keys and values, columns, bytes
+    search.most_bytes = 6 * a_sentence  # sources take one more each
+    for batch in (1, 3, 2, 1):
+        assert search.takes(options, [3] * batch, [4] * batch)
+        search.decode([torch.tensor([4, 5, 2])] * batch, options, None, [4] * batch)
+    assert [shape.batch for shape in search.plans] == [2, 1]
+    assert not search.takes(options, [3] * 6, [4] * 6)
+
+
 @pytest.mark.parametrize("options", [
     dict(sampling=True), dict(diverse_beam_groups=2), dict(diversity_rate=0.5), dict(match_source_len=True),
     dict(no_repeat_ngram_size=2), dict(return_attention=True), dict(return_alignment=True), dict(beam=17),
