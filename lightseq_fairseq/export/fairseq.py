@@ -127,7 +127,7 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     arch = args.get("_name") or args.get("arch") or "unknown"
     if "encoder.embed_tokens.weight" not in tensors or "decoder.embed_tokens.weight" not in tensors:
         raise ExportError(f"expected an encoder-decoder Transformer, got architecture {arch!r} without encoder and "
-                          "decoder embeddings; transformer* and ls_transformer* are supported")
+                          "decoder embeddings; transformer*, bart* and mbart* are supported, and ours of these names")
     refused = {reason: name for name, reason in REFUSED.items() if args.get(name)}
     if refused:
         options = ", ".join(f"{reason} (--{name.replace('_', '-')})" for reason, name in refused.items())

@@ -23,7 +23,7 @@ from fairseq.trainer import Trainer
 from lightseq_fairseq.plugin.balanced_shards import BalancedShards
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
 from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
-from lightseq_fairseq.plugin.ls_transformer import LSTransformerModel
+from lightseq_fairseq.plugin.ls_transformer import PackedTransformer
 from lightseq_fairseq.plugin.packed_batch import PACKED, PackedBatch, PackingCollater
 from lightseq_fairseq.plugin.pair_collater import PairCollater
 from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
@@ -62,12 +62,12 @@ class LSTrainer(Trainer):
     def obstacle(self) -> str | None:
         """Why this run's steps cannot be captured, or None."""
         cfg, model, criterion, task = self.cfg, self.get_model(), self.get_criterion(), type(self.task)
-        ours = isinstance(model, LSTransformerModel)
+        ours = isinstance(model, PackedTransformer)
         configs = [model.encoder.config, model.decoder.config] if ours else []
         obstacles = {
             f"the device is {self.device.type}": self.device.type not in self.whole_step_devices,
-            "the model is not ls_transformer": not ours,
-            "the model has a forward of its own": ours and type(model).forward is not LSTransformerModel.forward,
+            "the model is neither ls_transformer nor ls_bart": not ours,
+            "the model has a forward of its own": ours and type(model).forward is not type(model).known_forward,
             "the criterion is not ls_label_smoothed_cross_entropy":
                 getattr(type(criterion), "forward", None) is not LSLabelSmoothedCrossEntropyCriterion.forward,
             "the task makes steps of its own": (task.train_step is not FairseqTask.train_step

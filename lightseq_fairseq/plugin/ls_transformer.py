@@ -272,20 +272,17 @@ class LSTransformerDecoder(_UpgradesCheckpoints, TransformerDecoder, FairseqIncr
         return super().upgrade_state_dict_named(state_dict, name)
 
 
-@register_model("ls_transformer")
-class LSTransformerModel(TransformerModel):
-    """fairseq's TransformerModel with our encoder and decoder.
-
-    ``forward(..., packed_output=True)`` computes from embedding to logits on real tokens alone, which
-    ``ls_label_smoothed_cross_entropy`` asks for.
-    """
+class PackedTransformer:
+    """Our encoder and decoder in one of fairseq's encoder-decoder models, in front of it among the base classes."""
 
     supports_packed_output = True
+    encoder: LSTransformerEncoder
+    decoder: LSTransformerDecoder
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> LSTransformerModel:
+    def build_model(cls, args: Any, task: Any) -> Any:
         refuse_unsupported(args)
-        return super().build_model(args, task)
+        return super().build_model(args, task)  # type: ignore[misc]
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: nn.Embedding) -> LSTransformerEncoder:
@@ -298,25 +295,20 @@ class LSTransformerModel(TransformerModel):
         cfg = FairseqTransformerConfig.from_namespace(args)
         return LSTransformerDecoder(cfg, layer_config(cfg, tgt_dict, tgt_dict), tgt_dict, embed_tokens)
 
-    def forward(self, src_tokens: Tensor, src_lengths: Tensor | None, prev_output_tokens: Tensor,
-                return_all_hiddens: bool = True, features_only: bool = False, alignment_layer: int | None = None,
-                alignment_heads: int | None = None, packed_output: bool = False) -> tuple[Tensor, dict[str, Any]]:
-        """``src_tokens`` (B, S) and ``prev_output_tokens`` (B, T) int64 -> logits (B, T, V) and fairseq's extra dict.
-
-        ``packed_output``: logits (N, V) of the N target slots that are not padding, row by row, and an empty dict.
-        """
-        if packed_output:
-            return self._forward_packed(src_tokens, prev_output_tokens, features_only), {}
-        encoder_out = self.encoder(src_tokens, src_lengths=src_lengths, return_all_hiddens=return_all_hiddens)
-        return self.decoder(prev_output_tokens, encoder_out=encoder_out, features_only=features_only,
-                            alignment_layer=alignment_layer, alignment_heads=alignment_heads,
-                            return_all_hiddens=return_all_hiddens)
-
-    def _forward_packed(self, src_tokens: Tensor, prev_output_tokens: Tensor, features_only: bool) -> Tensor:
+    def forward_packed_rows(self, src_tokens: Tensor, prev_output_tokens: Tensor,
+                            features_only: bool = False) -> Tensor:
+        """(B, S) and (B, T) int64 -> logits (N, V) of the N target slots that are not padding, row by row."""
         source_packing = Packing.of(src_tokens, self.encoder.padding_idx)
         packing = Packing.of(prev_output_tokens, self.decoder.padding_idx)
         return self.forward_packed(source_packing.pack(src_tokens), source_packing,
                                    packing.pack(prev_output_tokens), packing, features_only)
+
+    def forward_packed(self, source_tokens: Tensor, source_packing: Packing, previous_tokens: Tensor,
+                       packing: Packing, features_only: bool = False) -> Tensor:
+        """Packed source (M,) and previous target tokens (N,) int64 -> logits (N, V)."""
+        source = self.encoder.encode(source_tokens, source_packing)
+        x, _ = self.decoder.decode(previous_tokens, packing, source, source_packing)
+        return x if features_only else self.decoder.output_layer(x)
 
     def neighbouring_parameters(self) -> list[list[Tensor]]:
         """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
@@ -326,12 +318,31 @@ class LSTransformerModel(TransformerModel):
         groups.append([projection for a in cross for projection in (a.k_proj, a.v_proj)])
         return [[getattr(projection, part) for projection in group] for group in groups for part in ("weight", "bias")]
 
-    def forward_packed(self, source_tokens: Tensor, source_packing: Packing, previous_tokens: Tensor,
-                       packing: Packing, features_only: bool = False) -> Tensor:
-        """Packed source (M,) and previous target tokens (N,) int64 -> logits (N, V)."""
-        source = self.encoder.encode(source_tokens, source_packing)
-        x, _ = self.decoder.decode(previous_tokens, packing, source, source_packing)
-        return x if features_only else self.decoder.output_layer(x)
+
+@register_model("ls_transformer")
+class LSTransformerModel(PackedTransformer, TransformerModel):
+    """fairseq's TransformerModel with our encoder and decoder.
+
+    ``forward(..., packed_output=True)`` computes from embedding to logits on real tokens alone, which
+    ``ls_label_smoothed_cross_entropy`` asks for.
+    """
+
+    def forward(self, src_tokens: Tensor, src_lengths: Tensor | None, prev_output_tokens: Tensor,
+                return_all_hiddens: bool = True, features_only: bool = False, alignment_layer: int | None = None,
+                alignment_heads: int | None = None, packed_output: bool = False) -> tuple[Tensor, dict[str, Any]]:
+        """``src_tokens`` (B, S) and ``prev_output_tokens`` (B, T) int64 -> logits (B, T, V) and fairseq's extra dict.
+
+        ``packed_output``: logits (N, V) of the N target slots that are not padding, row by row, and an empty dict.
+        """
+        if packed_output:
+            return self.forward_packed_rows(src_tokens, prev_output_tokens, features_only), {}
+        encoder_out = self.encoder(src_tokens, src_lengths=src_lengths, return_all_hiddens=return_all_hiddens)
+        return self.decoder(prev_output_tokens, encoder_out=encoder_out, features_only=features_only,
+                            alignment_layer=alignment_layer, alignment_heads=alignment_heads,
+                            return_all_hiddens=return_all_hiddens)
+
+    known_forward = forward
+    """What a subclass replaces that computes something of its own."""
 
 
 for _architecture in ("", "_tiny", "_iwslt_de_en", "_wmt_en_de", "_vaswani_wmt_en_de_big",
