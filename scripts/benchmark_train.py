@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Time training steps of stock fairseq and of ours, in one run on one machine, on the same batches.
 
-    python scripts/benchmark_train.py DATA_BIN [--cases base-512,base-4096,base-16384,big-4096] [--dtype fp16]
+    python scripts/benchmark_train.py DATA_BIN [--cases base-512,base-4096,base-16384,big-4096] [--dtype fp16,bf16]
 
 DATA_BIN is a fairseq-preprocess folder with a joined dictionary. Steady state: both have seen every batch shape before
 the clock starts. Results go to scripts/results/train.json and train.png: milliseconds an update, target words a
 second, peak GPU memory, and the ratio to stock fairseq. With --profile the milliseconds by class of kernel instead,
-and those in which none runs: scripts/results/train_profile.json and train_profile.png.
+and those in which none runs: scripts/results/train_profile.json and train_profile.png. The table that is printed at the
+end is README.md's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import logging
 import platform
@@ -99,23 +101,23 @@ def free_memory() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def measure(contender: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(contender: str, case: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
     free = free_memory()
-    trainer, batches = build_trainer(contender, training_arguments(contender, case, args.data, args.dtype))
+    trainer, batches = build_trainer(contender, training_arguments(contender, case, args.data, dtype))
     batches = batches[:args.steps]
     run_steps(trainer, batches)
     run_steps(trainer, batches)  # whatever the first time has only prepared is done the second time
     seconds = statistics.median(run_steps(trainer, batches) for _ in range(args.repeats))
     if contender == "lightseq" and torch.cuda.is_available() and trainer.obstacle:
         raise SystemExit(f"{case}: steps were not taken as graphs ({trainer.obstacle})")
-    ms, row = seconds / len(batches) * 1e3, {"case": f"{case}-{args.dtype}", "contender": contender}
+    ms, row = seconds / len(batches) * 1e3, {"case": case, "dtype": dtype, "contender": contender}
     if args.profile:
         kernels = step_profile.record(functools.partial(run_steps, trainer, batches))
         row |= step_profile.profile_row(kernels, len(batches), ms)
     else:
         words = sum(int(batch["ntokens"]) for batch in batches)
-        row |= {"ms": round(ms, 3), "target_tokens": words // len(batches), "wps": round(words / seconds)}
+        row |= {"ms": round(ms, 3), "target_tokens": words // len(batches), "words_per_s": round(words / seconds)}
         if torch.cuda.is_available():
             # what the allocator took and kept, graphs' memory too (fairseq resets torch's own peak at every update)
             row["peak_gib"] = round((free - torch.cuda.mem_get_info()[0]) / 2**30, 2)
@@ -147,25 +149,40 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    cases = list(dict.fromkeys((row["case"], row["dtype"]) for row in rows))
     figure, axes = plt.subplots(figsize=(1.6 * len(cases) + 2, 4), layout="constrained")
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     width = 0.8 / len(contenders)
     for offset, contender in enumerate(contenders):
-        heights = [next(r["ms"] for r in rows if (r["case"], r["contender"]) == (case, contender)) for case in cases]
+        heights = [next(r["ms"] for r in rows if (r["case"], r["dtype"], r["contender"]) == (*case, contender))
+                   for case in cases]
         bars = axes.bar([i + width * offset for i in range(len(cases))], heights, 0.95 * width, label=contender)
         axes.bar_label(bars, fmt="%.1f")
     axes.set(ylabel="ms an update", title=title)
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], cases)
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], map("\n".join, cases))
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a command and dtype, a column a case, milliseconds an update."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    times = {(row["contender"], row["dtype"], row["case"]): row["ms"] for row in rows}
+    lines = ["| `--max-tokens` | " + " | ".join(case.replace("-", " ") for case in cases) + " |",
+             "|---" * (len(cases) + 1) + "|"]
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
+            found = [times.get((contender, dtype, case)) for case in cases]
+            lines.append(f"| {contender}-train, {dtype} | "
+                         + " | ".join("" if ms is None else f"{ms:.1f}" for ms in found) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="fairseq-preprocess folder")
     parser.add_argument("--cases", default="base-512,base-4096,base-16384,big-4096")
-    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16", "fp32"))
+    parser.add_argument("--dtype", default="fp16,bf16", help="of fp16, bf16 and fp32")
     parser.add_argument("--steps", type=int, default=40, help="batches, the same for both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(CONTENDERS),
@@ -177,23 +194,22 @@ def main() -> None:
         parser.error("--profile reads the kernels of a GPU, and there is none")
     logging.disable(logging.INFO)
     rows = []
-    for case in args.cases.split(","):
+    for dtype, case in itertools.product(args.dtype.split(","), args.cases.split(",")):
         pair = {}
         for contender in args.contenders.split(","):
-            row = pair[contender] = measure(contender, case, args)
+            row = pair[contender] = measure(contender, case, dtype, args)
             rows.append(row)
             print(json.dumps(row), flush=True)
         if pair.keys() >= set(CONTENDERS) and not args.profile:
             ratio = pair["fairseq"]["ms"] / pair["lightseq"]["ms"]
             pair["lightseq"]["ratio"] = round(ratio, 2)
-            print(f"{case}: {ratio:.2f} times as fast as stock fairseq", flush=True)
+            print(f"{case}, {dtype}: {ratio:.2f} times as fast as stock fairseq", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = machine()
-    title = f"{about['gpu']}, torch {about['torch']}, {args.dtype}"
+    title = f"{about['gpu']}, torch {about['torch']}"
     stem = "train_profile" if args.profile else "train"
     (args.out / f"{stem}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    if args.profile:
-        print(step_profile.table(rows))
+    print(step_profile.table(rows) if args.profile else table(rows))
     if not can_plot():
         return
     if args.profile:

@@ -113,6 +113,15 @@ def test_training_benchmark_measures_both(joined_data_bin, tmp_path):
     assert refused.returncode == 2 and "--profile reads the kernels of a GPU" in refused.stderr
 
 
+def test_the_readme_shows_what_was_measured():
+    report = json.loads((ROOT / "scripts" / "results" / "train.json").read_text())
+    assert set(report) == {"gpu", "torch", "commit", "rows"}
+    spec = importlib.util.spec_from_file_location("benchmark_train", ROOT / "scripts" / "benchmark_train.py")
+    benchmark_train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark_train)
+    assert benchmark_train.table(report["rows"]) in (ROOT / "README.md").read_text()
+
+
 def test_quality_benchmark_trains_averages_and_scores(joined_data_bin, tmp_path):
     """Both contenders, two at a time; 18 updates are more than an epoch of the toy corpus."""
     narrow = [f"model.{side}_{size}" for side in ("encoder", "decoder")
