@@ -89,8 +89,9 @@ class Pool(NamedTuple):
 
     def best(self, scores: Floats, nbest: int) -> npt.NDArray[np.intp]:
         """Rows of the ``nbest`` of each sentence, best first; the earlier first where scores are equal."""
-        order = np.lexsort((np.arange(scores.size), -scores, self.sentences))
-        return order[_rank_within(self.sentences) < nbest]
+        order: npt.NDArray[np.intp] = np.lexsort((np.arange(scores.size), -scores, self.sentences))
+        chosen: npt.NDArray[np.intp] = order[_rank_within(self.sentences) < nbest]
+        return chosen
 
 
 class History:

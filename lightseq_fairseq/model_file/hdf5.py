@@ -17,6 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class _Reader:
         return Extension(_attributes(members["config"]), symbols.get("src"), symbols.get("tgt"),
                          languages.get("source_lang"), languages.get("target_lang"), tensors)
 
-    def array(self, dataset: Any) -> np.ndarray:
+    def array(self, dataset: Any) -> npt.NDArray[Any]:
         """The values of ``dataset``; ModelFileError, before anything is allocated, unless the file holds them all."""
         if not isinstance(dataset, h5py.Dataset) or dataset.shape is None or dataset.dtype.kind not in "biuf":
             raise ModelFileError(f"{dataset.name} must be an array of numbers; export the file again")
