@@ -7,8 +7,11 @@ fairseq_compat.apply()
 from lightseq_fairseq.plugin import (  # noqa: E402  the mending comes first
     ls_adam,
     ls_bart,
+    ls_cross_entropy,
     ls_label_smoothed_cross_entropy,
     ls_transformer,
+    ls_transformer_lm,
 )
 
-__all__ = ["ls_adam", "ls_bart", "ls_label_smoothed_cross_entropy", "ls_transformer"]
+__all__ = ["ls_adam", "ls_bart", "ls_cross_entropy", "ls_label_smoothed_cross_entropy", "ls_transformer",
+           "ls_transformer_lm"]
