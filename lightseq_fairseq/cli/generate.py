@@ -34,7 +34,15 @@ _ZERO_FOR_NONE = ("sampling_topk", "sampling_topp", "diverse_beam_groups", "dive
 
 def main() -> int:
     """Entry point; arguments come from the command line."""
-    return run("lightseq-generate", "fairseq_cli.generate")
+    return run("lightseq-generate", "fairseq_cli.generate", _refused)
+
+
+def _refused(cfg: Any) -> list[str]:
+    """What fairseq-generate accepts and then cannot do."""
+    if cfg.generation.constraints is not None:
+        raise GenerationError("--constraints needs constraints, and a test set has none: give them to "
+                              "lightseq-interactive --constraints, tabs between a line and each of them")
+    return []
 
 
 def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lambda cfg: [],
@@ -157,6 +165,7 @@ def options_of(args: Any) -> GenerationOptions:
     given: dict[str, Any] = {name: getattr(args, name) for name in _SAME_NAME}
     given |= {name: 0 if getattr(args, name) == -1 else getattr(args, name) for name in _ZERO_FOR_NONE}
     return GenerationOptions(**given, nbest=min(args.nbest, args.beam), normalize_scores=not args.unnormalized,
+                             constraints=None if args.constraints is None else str(args.constraints),
                              return_attention=attention, return_alignment=attention)
 
 
@@ -216,20 +225,26 @@ class Search:
         self.sentences, self.tokens, self.seconds = 0, 0, 0.0
 
     def generate(self, models: Any, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
-                 **unused: Any) -> list[list[dict[str, Any]]]:
-        """Hypotheses of each sentence of a batch, best first, as fairseq's SequenceGenerator returns them."""
+                 constraints: Tensor | None = None, **unused: Any) -> list[list[dict[str, Any]]]:
+        """Hypotheses of each sentence of a batch, best first, as fairseq's SequenceGenerator returns them;
+        ``constraints`` (B, C) int64 are packed as fairseq's ``pack_constraints`` does."""
         started = time.perf_counter()
-        found = self._hypotheses(sample, prefix_tokens)
+        found = self._hypotheses(sample, prefix_tokens, constraints)
         self.sentences += len(found)
         self.tokens += sum(len(hypotheses[0].tokens) for hypotheses in found)
         self.seconds += time.perf_counter() - started
         return [[self._as_dict(hypothesis) for hypothesis in hypotheses] for hypotheses in found]
 
-    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None) -> list[list[Hypothesis]]:
+    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None,
+                    constraints: Tensor | None) -> list[list[Hypothesis]]:
+        from fairseq.token_generation_constraints import unpack_constraints
+
         assert isinstance(self.generator, Generator)
         padded = sample["net_input"]["src_tokens"]
         sentences = self._unpadded(padded)
-        return self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded))
+        phrases = None if constraints is None else [unpack_constraints(row) for row in constraints]
+        return self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded),
+                                       constraints=phrases)
 
     def _unpadded(self, padded: Tensor) -> list[Tensor]:
         """(B, S) -> B sentences."""
@@ -260,7 +275,8 @@ class Search:
 class ReferenceScores(Search):
     """Our Scorer in its place: the only hypothesis of a sentence is its reference (--score-reference)."""
 
-    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None) -> list[list[Hypothesis]]:
+    def _hypotheses(self, sample: dict[str, Any], prefix_tokens: Tensor | None,
+                    constraints: Tensor | None) -> list[list[Hypothesis]]:
         assert isinstance(self.generator, Scorer)
         if sample["target"] is None:
             raise GenerationError("--score-reference needs references, but the data has no target side")

@@ -1,5 +1,5 @@
 """``lightseq-interactive``: fairseq-interactive with our model and our search inside; reads lines, prints S- W- H- D-
-and P- lines."""
+and P- lines. With ``--constraints`` tabs separate a line and the phrases of its translation, printed as C- lines."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightseq_fairseq.config import TransformerConfig
+from lightseq_fairseq.generator.constrained_search import ConstrainedBeamSearch
 from lightseq_fairseq.generator.hypotheses import History, Hypothesis, Ranking, Step, align
 from lightseq_fairseq.generator.logits import (
     ForcedTokens,
@@ -41,20 +43,22 @@ _WORTH_LEAVING = 0.75
 @torch.no_grad()
 def decode(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
            prefix_tokens: Tensor | None = None, max_lens: Sequence[int] | None = None,
-           generator: torch.Generator | None = None) -> list[list[Hypothesis]]:
+           generator: torch.Generator | None = None,
+           constraints: Sequence[Sequence[Tensor]] | None = None) -> list[list[Hypothesis]]:
     """Translate a batch: for each sentence up to ``options.nbest`` hypotheses, best first.
 
     ``models`` is an ensemble, usually of one. ``src_tokens`` are 1-D int64 sentences, eos included, without pads.
     ``prefix_tokens`` (B, P) int64 must come first in the target, pad where a prefix is shorter. ``max_lens``
     replaces the length limits that the options give each sentence. ``generator`` draws samples instead of
-    ``options.seed``. Raises :class:`GenerationError`.
+    ``options.seed``. ``constraints`` are the phrases of each sentence, 1-D int64, for ``options.constraints``. Raises
+    :class:`GenerationError`.
     """
     if not len(src_tokens):
         return []
     if max_lens is None:
         max_lens = length_limits(models, src_tokens, options)
-    check(models, src_tokens, options, prefix_tokens, max_lens)
-    return _Decoding(models, src_tokens, options, prefix_tokens, max_lens, generator).run()
+    check(models, src_tokens, options, prefix_tokens, max_lens, constraints)
+    return _Decoding(models, src_tokens, options, prefix_tokens, max_lens, generator, constraints).run()
 
 
 def length_limits(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor],
@@ -103,7 +107,8 @@ class _Decoding:
     """One batch on its way."""
 
     def __init__(self, models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
-                 prefix_tokens: Tensor | None, max_lens: Sequence[int], generator: torch.Generator | None) -> None:
+                 prefix_tokens: Tensor | None, max_lens: Sequence[int], generator: torch.Generator | None,
+                 constraints: Sequence[Sequence[Tensor]] | None) -> None:
         config, self.device = models[0].config, models[0].device
         self.config, self.options, self.src_tokens, self.max_lens = config, options, src_tokens, max_lens
         self.beam = min(options.beam, config.tgt_vocab_size - 1)  # pad is never chosen
@@ -114,7 +119,8 @@ class _Decoding:
         self.complete = torch.zeros(len(src_tokens), dtype=torch.int64, device=self.device)  # hypotheses so far
         self.history = History(len(src_tokens), self.beam, self.device)
         self.continuation = Continuation(self.beam, config.eos)
-        self.search = _search_strategy(options, self.beam, config.eos, src_tokens, self.device, generator)
+        self.search = _search_strategy(options, self.beam, config.eos, src_tokens, self.device, generator, constraints)
+        self.constrained = [False] * len(src_tokens) if constraints is None else [len(c) > 0 for c in constraints]
         self.penalties = TokenPenalties(config.pad, config.unk, options.unkpen, self.device)
         self.rules: list[Rule] = [MinLength(options.min_len, config.eos)]
         if options.no_repeat_ngram_size:
@@ -136,6 +142,7 @@ class _Decoding:
                 break
             for state in self.states:
                 state.reorder(chosen.parents)
+            self.search.advance(tokens, chosen.parents)
             for rule in self.rules:
                 rule.advance(tokens, chosen.parents)
             if live <= _WORTH_LEAVING * len(tokens):
@@ -182,7 +189,7 @@ class _Decoding:
         source_lens = np.array([len(sentence) for sentence in self.src_tokens])
         ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None)
         found = self.history.best(self.max_lens, ranking, options.nbest, self.config.eos)
-        check_found(found)
+        check_found(found, self.constrained)
         for sentence, hypotheses in enumerate(found):
             if self.need_attention:
                 found[sentence] = [self._finish(h, self.src_tokens[sentence].cpu()) for h in hypotheses]
@@ -203,7 +210,8 @@ class _Decoding:
 
 
 def _search_strategy(options: GenerationOptions, beam: int, eos: int, src_tokens: Sequence[Tensor],
-                     device: torch.device, generator: torch.Generator | None) -> SearchStrategy:
+                     device: torch.device, generator: torch.Generator | None,
+                     constraints: Sequence[Sequence[Tensor]] | None) -> SearchStrategy:
     """What the options ask for."""
     if options.sampling:
         if generator is None and options.seed is not None:
@@ -213,19 +221,26 @@ def _search_strategy(options: GenerationOptions, beam: int, eos: int, src_tokens
         return DiverseBeamSearch(beam, options.diverse_beam_groups, options.diverse_beam_strength)
     if options.match_source_len:
         return LengthMatchedSearch(beam, eos, torch.tensor([len(s) for s in src_tokens], device=device))
+    if options.constraints is not None and constraints is not None:
+        phrases = [[phrase.tolist() for phrase in sentence] for sentence in constraints]
+        return ConstrainedBeamSearch(beam, eos, options.constraints, phrases)
     return BeamSearch(beam, options.diversity_rate)
 
 
-def check_found(found: list[list[Hypothesis]]) -> None:
-    """GenerationError if a sentence has no hypothesis."""
+def check_found(found: list[list[Hypothesis]], constrained: Sequence[bool] | None = None) -> None:
+    """GenerationError if a sentence has no hypothesis; ``constrained`` are those with constraints."""
     for sentence, hypotheses in enumerate(found):
         if not hypotheses:
+            if constrained is not None and constrained[sentence]:
+                raise GenerationError(f"sentence {sentence} has no hypothesis that contains its constraints; give it "
+                                      "a larger max_len_b, or constraints that its prefix and blocked n-grams allow")
             raise GenerationError(f"sentence {sentence} has no hypothesis because the model's probabilities are "
                                   "not numbers (NaN); use --fp32 if it was run in fp16, or another checkpoint")
 
 
 def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options: GenerationOptions,
-          prefix_tokens: Tensor | None, max_lens: Sequence[int]) -> None:
+          prefix_tokens: Tensor | None, max_lens: Sequence[int],
+          constraints: Sequence[Sequence[Tensor]] | None = None) -> None:
     """GenerationError naming everything that does not fit together."""
     batch, wrong = len(src_tokens), []
     for name in ("tgt_vocab_size", "pad", "eos", "unk", "start"):
@@ -247,5 +262,30 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
     if min(max_lens) < options.min_len:
         wrong.append(f"min_len {options.min_len} exceeds the longest output allowed to a sentence, {min(max_lens)}: "
                      "lower min_len or raise max_len_a or max_len_b")
+    if (constraints is None) != (options.constraints is None):
+        wrong.append("constraints of sentences and options.constraints, 'ordered' or 'unordered', need each other")
+    if constraints is not None:
+        wrong += _wrong_constraints(constraints, models[0].config, max_lens)
     if wrong:
         raise GenerationError("; ".join(wrong))
+
+
+def _wrong_constraints(constraints: Sequence[Sequence[Tensor]], config: TransformerConfig,
+                       max_lens: Sequence[int]) -> list[str]:
+    """What is wrong with the phrases of sentences."""
+    if len(constraints) != len(max_lens):
+        return [f"constraints must have one list for each of {len(max_lens)} sentences, got {len(constraints)}"]
+    if any(phrase.dim() != 1 for phrases in constraints for phrase in phrases):
+        return ["each constraint must be a 1-D tensor of token ids"]
+    wrong = []
+    strange = [token for phrases in constraints for phrase in phrases for token in phrase.tolist()
+               if not 0 <= token < config.tgt_vocab_size or token in (config.pad, config.eos)]
+    if strange:
+        wrong.append(f"constraints must be ids of the {config.tgt_vocab_size} target types other than pad and eos, "
+                     f"got {strange[0]}")
+    for sentence, (phrases, longest) in enumerate(zip(constraints, max_lens, strict=True)):
+        tokens = sum(map(len, phrases))
+        if tokens > longest:
+            wrong.append(f"the constraints of sentence {sentence} have {tokens} tokens, more than its longest output, "
+                         f"{longest}: raise max_len_a or max_len_b")
+    return wrong

@@ -77,7 +77,7 @@ class DeviceSearch:
         config = self.model.config
         beam = min(options.beam, config.tgt_vocab_size - 1)
         other_searches = (options.sampling or options.diverse_beam_groups or options.diversity_rate
-                          or options.match_source_len)
+                          or options.match_source_len or options.constraints)
         if (self.step is None or not lengths or other_searches or options.no_repeat_ngram_size
                 or options.return_attention or options.return_alignment):
             return False

@@ -57,27 +57,31 @@ class Generator:
     def generate(self, src_tokens: Sequence[Tensor], options: GenerationOptions | None = None,
                  prefix_tokens: Tensor | None = None,
                  max_lens: Sequence[int] | None = None,
-                 draws: torch.Generator | None = None) -> list[list[Hypothesis]]:
+                 draws: torch.Generator | None = None,
+                 constraints: Sequence[Sequence[Tensor]] | None = None) -> list[list[Hypothesis]]:
         """One batch, in the order given: sentences 1-D int64, eos included, without padding.
 
         ``prefix_tokens`` (B, P) int64 are forced target beginnings, pad where one is shorter; ``max_lens`` are limits
-        that replace the options'; ``draws`` samples in place of ``options.seed``.
+        that replace the options'; ``draws`` samples in place of ``options.seed``; ``constraints`` are the phrases, 1-D
+        int64 without eos, that the hypotheses of each sentence contain as ``options.constraints`` says.
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
         options = options or GenerationOptions()
-        if self.device_search is not None and len(src_tokens):
+        if self.device_search is not None and len(src_tokens) and constraints is None:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
             if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
                 return self.device_search.decode(src_tokens, options, prefix_tokens, limits)
-        return decode(self.models, src_tokens, options, prefix_tokens, max_lens, draws)
+        return decode(self.models, src_tokens, options, prefix_tokens, max_lens, draws, constraints)
 
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
               prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,
-              progress: Callable[[int], object] | None = None) -> list[list[Hypothesis]]:
+              progress: Callable[[int], object] | None = None,
+              constraints: Sequence[Sequence[Sequence[int]]] | None = None) -> list[list[Hypothesis]]:
         """Any number of sentences of ids, eos included, in any order of length; results in the order given.
 
         Sentences of like length are decoded together, at most ``max_sentences`` and ``max_tokens`` source tokens at
         a time (a longer sentence goes alone). ``progress`` is told how many sentences each batch has finished.
+        ``prefix_ids`` and ``constraints`` are what :meth:`generate` takes of each sentence, as ids.
         """
         self._check_ids(ids)
         results: list[list[Hypothesis]] = [[] for _ in ids]
@@ -86,7 +90,9 @@ class Generator:
         for batch in _batches_by_length([len(sentence) for sentence in ids], max_tokens, max_sentences):
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
             sources = [torch.tensor(ids[i], dtype=torch.int64) for i in batch]
-            found = self.generate(sources, options, prefixes, draws=draws)
+            phrases = None if constraints is None else [
+                [torch.tensor(phrase, dtype=torch.int64) for phrase in constraints[i]] for i in batch]
+            found = self.generate(sources, options, prefixes, draws=draws, constraints=phrases)
             for index, hypotheses in zip(batch, found, strict=True):
                 results[index] = hypotheses
             if progress is not None:

@@ -6,10 +6,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 _REFUSED = {
-    "constraints": "lexically constrained decoding",
     "lm_path": "fusion with a language model",
     "lm_weight": "fusion with a language model",
     "retain_dropout": "dropout at inference",
@@ -77,6 +76,8 @@ class GenerationOptions:
     """``log p(w) -= strength * sum(1 + tokens shared so far with that group)`` over earlier groups that chose w."""
     diversity_rate: float = 0.0
     """Diverse siblings (arXiv:1611.08562): the r-th best continuation of a beam loses ``rate * r``."""
+    constraints: Literal["ordered", "unordered"] | None = None
+    """Hypotheses contain the phrases that are given with their sentence, in that order or in any."""
     seed: int | None = None
     """Of the draws; None takes torch's own random state."""
     return_attention: bool = False
@@ -120,6 +121,8 @@ def _wrong_types(options: GenerationOptions) -> list[str]:
         value = getattr(options, field.name)
         if field.type == "bool":
             right = isinstance(value, bool)
+        elif field.name == "constraints":
+            right = value in ("ordered", "unordered", None)
         elif field.type == "float":
             right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         else:
@@ -129,7 +132,8 @@ def _wrong_types(options: GenerationOptions) -> list[str]:
     return wrong
 
 
-_A_TYPE = {"int": "an integer", "int | None": "an integer or None", "float": "a finite number", "bool": "True or False"}
+_A_TYPE = {"int": "an integer", "int | None": "an integer or None", "float": "a finite number", "bool": "True or False",
+           "Literal['ordered', 'unordered'] | None": "'ordered', 'unordered' or None"}
 
 
 def _wrong_values(options: GenerationOptions) -> list[str]:
@@ -153,7 +157,8 @@ def _contradictions(options: GenerationOptions) -> list[str]:
     """Options that exclude each other."""
     wrong = []
     searches = {"sampling": options.sampling, "diverse_beam_groups": options.diverse_beam_groups > 0,
-                "match_source_len": options.match_source_len, "diversity_rate": options.diversity_rate > 0}
+                "match_source_len": options.match_source_len, "diversity_rate": options.diversity_rate > 0,
+                "constraints": options.constraints is not None}
     asked = [name for name, on in searches.items() if on]
     if len(asked) > 1:
         wrong.append(f"{' and '.join(asked)} exclude each other")

@@ -61,5 +61,8 @@ class Sampling:
         own = torch.arange(self.beam, device=tokens.device).expand_as(tokens)
         return Candidates(token_scores + scores, tokens, own)
 
+    def advance(self, tokens: Tensor, parents: Tensor) -> None:
+        """Nothing is remembered."""
+
     def keep(self, sentences: Tensor) -> None:
         """Nothing is remembered."""

@@ -32,6 +32,9 @@ class SearchStrategy(Protocol):
     def __call__(self, step: int, lprobs: Tensor, scores: Tensor | None) -> Candidates:
         """lprobs (B, R, V) fp32, ``scores`` (B, K) of the beams so far (None at step 0)."""
 
+    def advance(self, tokens: Tensor, parents: Tensor) -> None:
+        """Beam k of sentence b now is its former beam ``parents[b, k]`` and ``tokens[b, k]``; (B, K) int64 each."""
+
     def keep(self, sentences: Tensor) -> None:
         """(B',) int64: only these sentences go on."""
 
@@ -74,6 +77,9 @@ class BeamSearch:
         if not self.diversity_rate or step == 0:
             return values
         return values.sub_(self.diversity_rate * torch.arange(1, values.size(-1) + 1, device=values.device))
+
+    def advance(self, tokens: Tensor, parents: Tensor) -> None:
+        """Nothing is remembered."""
 
     def keep(self, sentences: Tensor) -> None:
         """Nothing is remembered."""
@@ -144,6 +150,9 @@ class DiverseBeamSearch:
                 weight += self.overlap[:, len(tokens), earlier, None]
             penalty.scatter_add_(1, theirs, weight)
         return penalty
+
+    def advance(self, tokens: Tensor, parents: Tensor) -> None:
+        """Nothing to follow: the group of a beam is its place."""
 
     def keep(self, sentences: Tensor) -> None:
         """See :class:`SearchStrategy`."""

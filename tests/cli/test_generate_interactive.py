@@ -29,7 +29,7 @@ def theirs(*arguments: object, stdin: str = LINES) -> list[str]:
 
 
 def timeless(lines: list[str]) -> list[str]:
-    return [line for line in lines if re.match("[STHDPA]-", line)]
+    return [line for line in lines if re.match("[STHDPAC]-", line)]
 
 
 @pytest.mark.parametrize("options", ["", "--beam 4 --nbest 3", "--buffer-size 4 --batch-size 3 --lenpen 0.6",
@@ -40,6 +40,25 @@ def test_lines_equal_fairseqs(options, data_bin, checkpoint):
     found = ours(*arguments)
     assert_same_lines(timeless(found), timeless(theirs(*arguments)))
     assert [line[:4] for line in found if line.startswith("W-")] == [f"W-{i}\t" for i in range(6)]
+
+
+@pytest.mark.parametrize("options", ["--constraints", "--constraints unordered --beam 4 --nbest 3 --max-len-b 60",
+                                     "--constraints ordered --buffer-size 9 --batch-size 3 --print-alignment"])
+def test_constraints_behind_a_line(options, data_bin, checkpoint):
+    stdin = "w1 w2 w3\tv9 v8\tv7\nw4\n\nw5 w6\tv3\tv3 v4\tv3\nw6 w7\tv1 nonsense\n"
+    arguments = (data_bin, "--path", checkpoint, *options.split())
+    found = ours(*arguments, stdin=stdin)
+    assert_same_lines(timeless(found), timeless(theirs(*arguments, stdin=stdin)))
+    assert [line for line in found if line.startswith("C-")] == [
+        "C-0\tv9 v8", "C-0\tv7", "C-3\tv3", "C-3\tv3 v4", "C-3\tv3", "C-4\tv1 <unk>"]
+    said = [line.split("\t")[2] for line in found if line.startswith("H-0")]
+    assert said and all("v9 v8" in line and "v7" in line for line in said)
+
+
+def test_constraints_that_do_not_fit_are_an_error(data_bin, checkpoint):
+    status, _, errors = run_command(interactive.main, data_bin, "--path", checkpoint, *LANGUAGES, "--constraints",
+                                    "--max-len-b", "2", stdin="w1\tv2 v3\tv4\n")
+    assert status == 2 and "the constraints of sentence 0 have 3 tokens, more than its longest output, 2" in errors
 
 
 def test_speed_is_reported_at_the_end(data_bin, checkpoint, caplog):
@@ -79,7 +98,7 @@ def test_unknown_words_are_replaced(data_bin, checkpoint):
 @pytest.mark.parametrize("arguments, message", [
     ("--print-alignment soft", "--print-alignment soft (hard works)"),
     ("--replace-unk --remove-bpe", "--replace-unk together with --remove-bpe"),
-    ("--constraints", "--constraints (lexically constrained decoding)"),
+    ("--constraints --sampling", "sampling and constraints exclude each other"),
     ("--batch-size 4", "--batch-size cannot be larger than --buffer-size"),
 ])
 def test_what_is_not_taken_is_named(arguments, message, data_bin, checkpoint):

@@ -14,6 +14,7 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.models.transformer import TransformerModel, base_architecture
 from fairseq.sequence_generator import SequenceGenerator
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq.token_generation_constraints import pack_constraints
 
 from lightseq_fairseq.config import TransformerConfig
 
@@ -90,13 +91,16 @@ class StockState:
         self.encoded = self.model.encoder.reorder_encoder_out(self.encoded, sentences)
 
 
-def fairseq_hypotheses(models, src_tokens, prefix_tokens=None, generator=SequenceGenerator, **options):
+def fairseq_hypotheses(models, src_tokens, prefix_tokens=None, generator=SequenceGenerator, constraints=None,
+                       **options):
     """What fairseq's SequenceGenerator finds for a left-padded batch."""
     words = models[0].decoder.dictionary
     sample = {"net_input": {
         "src_tokens": data_utils.collate_tokens(list(src_tokens), words.pad(), left_pad=True),
         "src_lengths": torch.tensor([len(s) for s in src_tokens])}}
-    return generator(models, words, **options).generate(models, sample, prefix_tokens=prefix_tokens)
+    packed = None if constraints is None else pack_constraints(constraints)
+    return generator(models, words, **options).generate(models, sample, prefix_tokens=prefix_tokens,
+                                                        constraints=packed)
 
 
 def sentences(count: int, types: int = 40, seed: int = 5, longest: int = 9) -> list[torch.Tensor]:

@@ -134,6 +134,7 @@ def test_memory_is_bounded(device):
 @pytest.mark.parametrize("options", [
     dict(sampling=True), dict(diverse_beam_groups=2), dict(diversity_rate=0.5), dict(match_source_len=True),
     dict(no_repeat_ngram_size=2), dict(return_attention=True), dict(return_alignment=True), dict(beam=17),
+    dict(constraints="ordered"),
 ], ids=str)
 def test_what_is_not_taken(options, device):
     options = GenerationOptions(**{"beam": 4, **options})

@@ -106,6 +106,26 @@ def test_an_ensemble_of_one_model_twice_is_that_model(ids):
         [h[0].tokens.tolist() for h in Generator([model], "cpu").infer(ids, OPTIONS)]
 
 
+@pytest.mark.parametrize("kind", ["ordered", "unordered"])
+def test_constraints_follow_their_sentences(ids, kind):
+    constraints = [[[7, 8], [9]], [], [[10]], [[11], [11]], [], [[12, 13, 14]], [[4]]]
+    generator = Generator([random_model()], "cpu")
+    options = dataclasses.replace(OPTIONS, constraints=kind)
+    found = generator.infer(ids, options, constraints=constraints, max_sentences=3)
+    for hypotheses, phrases in zip(found, constraints, strict=True):
+        assert hypotheses
+        for hypothesis in hypotheses:
+            said = hypothesis.tokens.tolist()
+            assert all(phrase in [said[i:i + len(phrase)] for i in range(len(said))] for phrase in phrases)
+    free = generator.infer(ids, OPTIONS)
+    assert_same([found[1], found[4]], [free[1], free[4]])
+
+
+def test_a_line_to_translate_has_no_constraints():
+    with pytest.raises(GenerationError, match="constraints of sentences and options.constraints"):
+        Generator([random_model()], "cpu").translate(["s4 s5"], GenerationOptions(constraints="ordered"))
+
+
 def test_prefixes_are_forced(ids):
     prefixes = [[7], [8, 9], [], [10], [11, 12, 13], [4], [5]]
     found = Generator([random_model()], "cpu").infer(ids, OPTIONS, prefix_ids=prefixes)

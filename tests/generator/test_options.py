@@ -32,6 +32,8 @@ def test_defaults_are_fairseqs():
     ("sampling_topk", 3, "sampling_topk needs sampling"),
     ("nbest", 6, "nbest must not exceed beam, got 6 of 5"),
     ("diverse_beam_groups", 2, "diverse_beam_groups must divide beam, got 2 and 5"),
+    ("constraints", "any", "constraints must be 'ordered', 'unordered' or None, got 'any'"),
+    ("constraints", True, "constraints must be 'ordered', 'unordered' or None, got True"),
 ])
 def test_a_wrong_value_is_named(name, value, message):
     with pytest.raises(GenerationError, match=message):
@@ -41,6 +43,10 @@ def test_a_wrong_value_is_named(name, value, message):
 @pytest.mark.parametrize("options, message", [
     (dict(sampling=True, diverse_beam_groups=5), "sampling and diverse_beam_groups exclude each other"),
     (dict(match_source_len=True, diversity_rate=0.5), "match_source_len and diversity_rate exclude each other"),
+    (dict(constraints="ordered", sampling=True), "sampling and constraints exclude each other"),
+    (dict(constraints="unordered", beam=4, diverse_beam_groups=2), "diverse_beam_groups and constraints exclude"),
+    (dict(constraints="ordered", match_source_len=True), "match_source_len and constraints exclude each other"),
+    (dict(constraints="ordered", diversity_rate=0.5), "diversity_rate and constraints exclude each other"),
     (dict(sampling=True, sampling_topk=5, sampling_topp=0.5), "sampling_topk and sampling_topp exclude each other"),
 ])
 def test_contradictions_are_named(options, message):
@@ -56,14 +62,14 @@ def test_everything_wrong_comes_in_one_sentence():
 
 def test_from_dict_knows_what_is_refused_and_what_is_misspelt():
     assert GenerationOptions.from_dict({"beam": 3, "lenpen": 1}).beam == 3
-    with pytest.raises(GenerationError, match="constraints .lexically constrained decoding. is not supported"):
-        GenerationOptions.from_dict({"constraints": "ordered"})
+    with pytest.raises(GenerationError, match="lm_path .fusion with a language model. is not supported"):
+        GenerationOptions.from_dict({"lm_path": "lm.pt"})
     with pytest.raises(GenerationError, match="unknown option 'lenpem', did you mean 'lenpen'?"):
         GenerationOptions.from_dict({"lenpem": 1.0})
 
 
 def test_options_of_fairseq_are_refused_only_when_set():
-    defaults = {"lm_weight": 0.0, "constraints": None, "retain_dropout": False}
+    defaults = {"lm_weight": 0.0, "retain_dropout": False}
     assert refused_options(defaults, defaults) == []
     assert refused_options({**defaults, "retain_dropout": True}, defaults) == [
         "--retain-dropout (dropout at inference)"]
