@@ -1,7 +1,8 @@
 """How far a hypothesis has come with the phrases that it must contain.
 
-A state never changes; reading a token gives another one. Both kinds read as fairseq's do. A phrase that stands twice
-must be said twice, each of its tokens counts for one phrase only, and a phrase of no tokens asks for nothing.
+A state never changes; reading a token gives another one. Both kinds read as fairseq's do: a phrase that is given twice
+must be said twice, and a token said counts for one phrase only. A phrase of no tokens asks for nothing; in fairseq it
+is an error, or shifts where the ordered phrases end.
 """
 
 from __future__ import annotations

@@ -142,6 +142,16 @@ def test_the_best_hypothesis_at_the_length_limit_is_fairseqs(kind, stable):
     assert sum(map(len, found)) >= sum(map(len, expected))
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_constraints_may_fill_the_longest_output(kind, beam):
+    phrases = [torch.tensor([7, 8]), torch.tensor([7]), torch.tensor([7, 8])]
+    found = decode([StockModel(stock_transformer())], sentences(4), GenerationOptions(
+        beam=beam, max_len_b=5, constraints=kind), constraints=[phrases] * 4)
+    best = [hypotheses[0].tokens.tolist() for hypotheses in found]
+    assert all(len(tokens) == 6 and sorted(tokens[:-1]) == [7, 7, 7, 8, 8] for tokens in best)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_constraints_change_nothing(kind):
     src = sentences(7)
