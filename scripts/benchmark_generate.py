@@ -147,21 +147,30 @@ def alternate(contenders: dict[str, Callable[[list[list[int]]], int]], batches: 
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Lines of milliseconds a batch, on log scales."""
+    """Bars of milliseconds a batch, on a log scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for contender in dict.fromkeys(row["contender"] for row in rows):
-        own = [row for row in rows if row["contender"] == contender]
-        axes.plot([row["case"] for row in own], [row["ms"] for row in own], marker="o", label=contender)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    figure, axes = plt.subplots(figsize=(1.5 * len(cases) + 2, 4), layout="constrained")
+    width = 0.8 / len(contenders)
+    for offset, contender in enumerate(contenders):
+        heights = [next(r["ms"] for r in rows if (r["case"], r["contender"]) == (case, contender)) for case in cases]
+        bars = axes.bar([i + width * offset for i in range(len(cases))], heights, 0.95 * width, label=contender)
+        axes.bar_label(bars, fmt="%.0f")
     axes.set(yscale="log", ylabel="ms a batch", title=title)
-    axes.tick_params(axis="x", rotation=30)
-    axes.grid(alpha=0.3, which="both")
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], [_label(case) for case in cases])
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _label(case: str) -> str:
+    """"base-beam4-len30-b8" -> the model over its batch size."""
+    size, *_, batch = case.split("-")
+    return f"{size}\nbatch {batch.removeprefix('b')}"
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -127,10 +128,17 @@ def measure(contender: str, case: str, dtype: str, args: argparse.Namespace) -> 
     return row
 
 
+def processor() -> str:
+    """The CPU's name, as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine() -> dict[str, str]:
     """What the numbers were taken on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({platform.processor()})"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({processor()})"
     return {"gpu": gpu, "torch": torch.__version__, "commit": commit.stdout.strip() or "unknown"}
 
 
