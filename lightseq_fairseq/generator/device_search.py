@@ -50,10 +50,7 @@ class _Shape(NamedTuple):
         power = _power_of_two(len(lengths), 1)
         batch = power * 3 // 4 if len(lengths) <= power * 3 // 4 else power
         width = _power_of_two(max(lengths), 32)
-        tokens = _power_of_two(sum(lengths), 64)
-        if tokens == batch * width:
-            tokens += 16  # at just this number ops.attention would take all sentences to be ``width`` long
-        return cls(batch, beam, _power_of_two(steps, 32), tokens, width)
+        return cls(batch, beam, _power_of_two(steps, 32), _power_of_two(sum(lengths), 64), width)
 
 
 def _power_of_two(size: int, least: int) -> int:

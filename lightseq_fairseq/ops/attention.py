@@ -75,7 +75,7 @@ class _Slots:
         self.max_len, self.count, self.lengths = max_len, count, cu_seqlens.diff()
         self.batch = self.lengths.numel()
         self.real: Tensor | None = None  # (B, max_len), None when all are
-        if count != self.batch * max_len:
+        if count != self.batch * max_len or int(cu_seqlens[-1]) != count:
             places = torch.arange(max_len, device=cu_seqlens.device)
             self.real = places < self.lengths[:, None]
             self.rows = torch.where(self.real, cu_seqlens[:-1, None] + places, 0).flatten()

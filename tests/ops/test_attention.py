@@ -345,3 +345,13 @@ def test_contract_of_the_op(count, dtype, device):
     parts = [part.detach() for part in parts]
     out, lse = operators.attention(parts, *rest)
     torch.library.opcheck(operators.attention_backward.default, (torch.randn_like(out), parts, out, lse, *rest))
+
+
+def test_rows_behind_the_last_sentence_may_fill_up_the_longest_lengths(device):
+    """B sentences of unequal lengths in B * longest rows: every other case has equal lengths at that number of rows."""
+    lens, heads, dim = [5, 3, 2], 2, 8
+    q, k, v = sample([15], [15], heads, dim, torch.float32, device)
+    out = attention(q, k, v, *2 * [cumulative(lens, device)], 5, 5)
+    expected = one_by_one(q[:10], k[:10], v[:10], lens, lens, False)
+    torch.testing.assert_close(out[:10].double(), expected, **tolerances.OP[torch.float32])
+    assert out[10:].eq(0).all()
