@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import random
 import statistics
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark_train import RESULTS, machine  # noqa: E402
+from benchmark_train import RESULTS, can_plot, machine  # noqa: E402
 
 ARCHITECTURES = {
     "tiny": ["transformer_tiny"], "base": ["transformer_wmt_en_de"], "big": ["transformer_wmt_en_de_big"],
@@ -185,6 +186,7 @@ def main() -> None:
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    logging.disable(logging.INFO)
     wanted = args.contenders.split(",")
     if "ctranslate2" in wanted and importlib.util.find_spec("ctranslate2") is None:
         print("ctranslate2 is not installed and is left out")
@@ -209,6 +211,8 @@ def main() -> None:
     about = {**machine(), "dtype": args.dtype, "threads": torch.get_num_threads()}
     stem = "generate" if ON_GPU else "generate_cpu"
     (args.out / f"{stem}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if not can_plot():
+        return
     where = about["gpu"] if ON_GPU else f"{about['threads']} CPU cores"
     plot(rows, args.out / f"{stem}.png", f"{where}, torch {about['torch']}, {args.dtype}, beam {args.beam}")
 

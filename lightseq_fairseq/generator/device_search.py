@@ -1,7 +1,7 @@
 """Beam search that stays on the device: steps follow one another without the host, which reads the record at the end.
 
 Same rules and hypotheses as :func:`lightseq_fairseq.generator.beam_search.decode`, for the options that
-:meth:`DeviceSearch.takes`. On CUDA a few steps are one graph, captured once for each :class:`_Shape`; without CUDA the
+:meth:`DeviceSearch.takes`. On CUDA a step is a graph, captured once for each :class:`_Shape`; without CUDA the
 same operators run one by one. A sentence that is finished stays in the batch until all are.
 """
 
@@ -24,10 +24,9 @@ from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, TILE, beam_step_, token_statistics
 
-_STEPS_A_GRAPH = 1
-"""Steps between two looks at whether all sentences are finished; 2 and 4 were no faster (H200)."""
-_GRAPHS_AHEAD = 2
-"""Graphs under way while the host waits for the flag of an earlier one; the device never waits for the host."""
+_STEPS_AHEAD = 2
+"""Steps under way while the host waits for the flag of an earlier one; the device never waits for the host. A graph of
+2 or of 4 steps was no faster than one of each (H200)."""
 _MOST_PLANS = 16
 """Shapes remembered; the one that was used longest ago is forgotten."""
 _MOST_CACHE_BYTES = 16 << 30
@@ -138,7 +137,7 @@ class _Plan:
         self.record = torch.zeros(steps, batch, beam, len(Step._fields), dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         self.host_record = torch.empty_like(self.record, device="cpu", pin_memory=on_gpu)
-        self.flags = [_Flag(self.complete, beam) for _ in range(_GRAPHS_AHEAD + 1)]
+        self.flags = [_Flag(self.complete, beam) for _ in range(_STEPS_AHEAD + 1)]
         self.begin, self.advance = self._begin, self._advance
         if on_gpu:  # tried first: finished sentences change nothing
             self._fill([torch.full((1,), step.config.eos)], GenerationOptions(), None, [0])
@@ -152,15 +151,14 @@ class _Plan:
         self.begin()
         steps, flags = max(max_lens) + 1, self.flags
         sure = 0 if prefix_tokens is not None else options.min_len  # steps at which no sentence can end
-        graphs = 0
-        while graphs * _STEPS_A_GRAPH < steps:
+        done = 0
+        while done < steps:
             self.advance()
-            graphs += 1
-            if graphs * _STEPS_A_GRAPH > sure:
+            done += 1
+            if done > sure:
                 flags.append(flags.pop(0).set())
                 if not flags[0].live():
                     break
-        done = min(graphs * _STEPS_A_GRAPH, self.shape.steps)
         self.host_record[:done].copy_(self.record[:done], non_blocking=True)
         taken = int(self.taken.max()) + 1  # which waits for the record and the flags, too
         for flag in flags:
@@ -198,17 +196,16 @@ class _Plan:
         self.step.start(self.encoder(self.source, self.packing), self.buffers)
 
     def _advance(self) -> None:
-        """The next steps."""
+        """The next step."""
         config, step = self.step.config, self.step
         types = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
-        for _ in range(_STEPS_A_GRAPH):
-            logits = step(self.buffers)
-            statistics = token_statistics(logits, self.settings, **types)
-            beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.taken,
-                       complete=self.complete, scores=self.scores, ancestors=self.buffers.ancestors,
-                       record=self.record, x=self.buffers.x, embeddings=step.embeddings,
-                       positions=step.input_positions, scale=step.embed_scale, first_position=step.first_position,
-                       **types)
+        logits = step(self.buffers)
+        statistics = token_statistics(logits, self.settings, **types)
+        beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.taken,
+                   complete=self.complete, scores=self.scores, ancestors=self.buffers.ancestors,
+                   record=self.record, x=self.buffers.x, embeddings=step.embeddings,
+                   positions=step.input_positions, scale=step.embed_scale, first_position=step.first_position,
+                   **types)
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:
