@@ -16,7 +16,7 @@ namespace beam_step {
 
 constexpr int kTile = 64, kMaxBeam = 16, kMaxCandidates = 2 * kMaxBeam;
 constexpr int kTileLanes = kTile / kOctet, kTileThreads = 256;
-constexpr int kThreads = 1024, kWarps = kThreads / kWarp, kMerged = 8;  // lists of candidates left by a first merge
+constexpr int kThreads = 1024, kWarps = kThreads / kWarp, kMaxSurvivors = 512;
 
 // The vocabulary: types, columns of the logits (a multiple of kTile), special types.
 struct Types {
@@ -95,59 +95,66 @@ struct Choice {
   }
 };
 
-// The `wanted` first of the `count` items of a warp, of which lane l has number l, l + 32 * apart...: item(i) is its
-// Choice, take(i) removes it. Written to `chosen` in order.
-template <typename Item, typename Take>
-__device__ __forceinline__ void select_by_warp(Choice* chosen, int wanted, int first, int count, int apart,
-                                               const Item& item, const Take& take) {
-  const int lane = threadIdx.x % kWarp;
-  Choice best;
-  int place;
-  const auto look = [&] {
-    best = {0, 0xffffffffu};
-    place = -1;
-    for (int i = first + lane; i < count; i += apart) {
-      const Choice other = item(i);
-      if (other.before(best)) {
-        best = other;
-        place = i;
-      }
+// Items that may be among the first; what `select` works with.
+struct Selection {
+  unsigned best_of_warp[kWarps], least;
+  int count;
+  Choice survivors[kMaxSurvivors];
+};
+
+// The `wanted` first of `count` items by the whole block, to `chosen` (wanted,) in order, keys of 0 left out.
+//
+// With b the wanted-th best of the warps' best keys, as many items are at least b; those that are survive. There are
+// hardly more of them than wanted, so each counts how many come before it.
+template <typename Id>
+__device__ __forceinline__ void select(Choice* chosen, Selection& selection, const unsigned* keys, int count,
+                                       int wanted, const Id& id) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned best = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) best = max(best, keys[i]);
+  best = __reduce_max_sync(0xffffffffu, best);
+  if (lane == 0) selection.best_of_warp[warp] = best;
+  if (threadIdx.x < wanted) chosen[threadIdx.x] = {0, 0xffffffffu};
+  if (threadIdx.x == 0) selection.count = 0;
+  __syncthreads();
+  if (warp == 0) {
+    const unsigned mine = selection.best_of_warp[lane];
+    int before = 0;
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const unsigned theirs = selection.best_of_warp[other];
+      before += theirs > mine || (theirs == mine && other < lane);
     }
-  };
-  look();
-  for (int n = 0; n < wanted; ++n) {
-    const unsigned top = __reduce_max_sync(0xffffffffu, best.key);
-    const unsigned id = __reduce_min_sync(0xffffffffu, best.key == top ? best.id : 0xffffffffu);
-    if (lane == 0) chosen[n] = {top, id};
-    if (best.key == top && best.id == id && place >= 0) {
-      take(place);
-      look();
+    if (before == wanted - 1) selection.least = max(mine, 1u);
+  }
+  __syncthreads();
+  const unsigned least = selection.least;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    if (keys[i] < least) continue;
+    const int place = atomicAdd(&selection.count, 1);
+    if (place < kMaxSurvivors) selection.survivors[place] = {keys[i], id(i)};
+  }
+  __syncthreads();
+  const int survivors = selection.count;
+  if (survivors <= kMaxSurvivors) {
+    for (int i = threadIdx.x; i < survivors; i += kThreads) {
+      const Choice mine = selection.survivors[i];
+      int before = 0;
+#pragma unroll 8
+      for (int other = 0; other < survivors; ++other) before += selection.survivors[other].before(mine);
+      if (before < wanted) chosen[before] = mine;
+    }
+  } else {  // many equals
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      if (keys[i] < least) continue;
+      const Choice mine{keys[i], id(i)};
+      int before = 0;
+      for (int other = 0; other < count && before < wanted; ++other) {
+        if (keys[other] >= mine.key) before += Choice{keys[other], id(other)}.before(mine);
+      }
+      if (before < wanted) chosen[before] = mine;
     }
   }
-}
-
-using List = Choice[kMaxCandidates];
-
-// The `wanted` first of `lists` lists by a warp.
-__device__ __forceinline__ void merge_by_warp(Choice* chosen, List* lists, int count, int wanted) {
-  const auto at = [&](int i) -> Choice& { return lists[i / wanted][i % wanted]; };
-  select_by_warp(chosen, wanted, 0, count * wanted, kWarp, at, [&](int i) { at(i).key = 0; });
-}
-
-// The `wanted` first of all items by the whole block, to `chosen` (wanted,): each warp of its own, then of one
-// another's.
-template <typename Id>
-__device__ __forceinline__ void select(Choice* chosen, List* lists, List* merged, unsigned* keys, int count, int wanted,
-                                       const Id& id) {
-  const int warp = threadIdx.x / kWarp;
-  select_by_warp(
-      lists[warp], wanted, warp * kWarp, count, kThreads, [&](int i) { return Choice{keys[i], id(i)}; },
-      [&](int i) { keys[i] = 0; });
-  __syncthreads();
-  constexpr int kEach = kWarps / kMerged;
-  if (warp < kMerged) merge_by_warp(merged[warp], lists + warp * kEach, kEach, wanted);
-  __syncthreads();
-  if (warp == 0) merge_by_warp(chosen, merged, kMerged, wanted);
   __syncthreads();
 }
 
@@ -227,7 +234,8 @@ __global__ void __launch_bounds__(kThreads)
                      const int* limits, const int* forced, int beam, int steps, const Types types,
                      const Embedding<T> embedding) {
   extern __shared__ unsigned keys[];
-  __shared__ List lists[kWarps], merged[kMerged], tile_choice, choice;
+  __shared__ Selection selection;
+  __shared__ Choice tile_choice[kMaxCandidates], choice[kMaxCandidates];
   __shared__ LogSum partial[kWarps];
   __shared__ float log_sum[kMaxBeam], score[kMaxBeam];
   __shared__ int parent[kMaxBeam], token[kMaxBeam], going_on;
@@ -277,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
       keys[i] = key_of(score_of(__uint_as_float(keys[i]), i / tiles, types.pad));
     }
     __syncthreads();
-    select(tile_choice, lists, merged, keys, rows * tiles, wanted, [](int i) { return static_cast<unsigned>(i); });
+    select(tile_choice, selection, keys, rows * tiles, wanted, [](int i) { return static_cast<unsigned>(i); });
     const bool may_end = step >= settings->min_len;
     const auto id = [&](int i) {
       const int special = i - wanted * kTile;
@@ -298,11 +306,11 @@ __global__ void __launch_bounds__(kThreads)
       keys[i] = key;
     }
     __syncthreads();
-    select(choice, lists, merged, keys, count, wanted, id);
+    select(choice, selection, keys, count, wanted, id);
   } else {  // one way on for each beam
     if (threadIdx.x < rows) keys[threadIdx.x] = key_of(score_of(logit(threadIdx.x, must), threadIdx.x, must));
     __syncthreads();
-    select(choice, lists, merged, keys, rows, wanted,
+    select(choice, selection, keys, rows, wanted,
            [&](int i) { return static_cast<unsigned>(i * types.columns + must); });
   }
 

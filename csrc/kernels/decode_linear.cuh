@@ -1,10 +1,12 @@
 // out = act(norm(x) weight^T + bias) + residual for few rows (lightseq_fairseq/ops/decode_linear.py has the shapes).
 //
 // Such a product is bound by the weights' way from memory and by the launch. So a block has all of its operands in
-// shared memory at once, BM rows and BN outputs by up to 512 columns; it asks for its weights before the kernel ahead
-// has ended (launch_chain.cuh), and lets the kernel behind it do the same. Wider inner sizes are shared by a cluster of
-// blocks, which add their parts through one another's shared memory (sm_90). The norm is made anew by every block, on
-// the rows in shared memory: that costs less than a launch.
+// shared memory at once, BM rows and BN outputs by all columns or, where they do not fit, by its part of them; it asks
+// for its weights before the kernel ahead has ended (launch_chain.cuh), and lets the kernel behind it do the same.
+// Parts are added up by a cluster of blocks through one another's shared memory (sm_90). A norm costs next to nothing:
+// its gain is in the weights, and mean and deviation come from moments that the kernel ahead has left of every 16
+// columns. (To normalise the rows in shared memory, once in each block, took as long as all the rest, 7.4 instead
+// of 3.8 us.)
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,10 +20,12 @@
 namespace lightseq {
 namespace decode_linear {
 
-constexpr int kMaxChunk = 512;   // columns of a block
-constexpr int kMaxSplits = 8;    // blocks that share a row
-constexpr int kTilePadding = 8;  // floats behind each row of a tile of results, against bank conflicts
-constexpr int kChunkOctets = kMaxChunk / kOctet / kWarp;
+constexpr int kMaxShared = 220 * 1024;  // bytes of a block's operands
+constexpr int kMaxSplits = 8;           // blocks that share a row
+constexpr int kTilePadding = 8;         // floats behind each row of a tile of results, against bank conflicts
+constexpr int kMomentColumns = 16;      // columns that share their moments
+constexpr int kLaneMoments = 4;         // moments of a row that a lane reads, at most
+constexpr int kMaxNormed = kMomentColumns * kWarp * kLaneMoments;
 
 enum class Activation { kLinear, kRelu, kReluSquared, kGelu, kGeluTanh, kSwish, kTanh };
 
@@ -45,12 +49,21 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
   }
 }
 
-// x (R, I), weight (O, I), bias (O,), residual, out (R, O), norm_weight, norm_bias (I,), normed (R, I); null where
-// absent. A block has I / splits columns.
+// Mean of kMomentColumns elements, and their sum of squared deviations from it.
+struct Moments {
+  float mean, squares;
+};
+
+// x (R, I), weight (O, I), bias (O,), sums (O,), residual, out (R, O), gain, shift (O,); null where absent. moments
+// (R, C / 16) are those of x where there are sums, else of the residual; those of out go to `left`. A block has
+// I / splits columns.
 template <typename T>
 struct Operands {
-  T *out, *normed;
-  const T *x, *weight, *bias, *residual, *norm_weight, *norm_bias;
+  T* out;
+  Moments* left;
+  const T *x, *weight, *bias, *residual, *gain, *shift;
+  const float* sums;
+  const Moments* moments;
   int rows, outer, inner, splits;
   float eps;
   Activation activation;
@@ -69,7 +82,7 @@ struct Tile {
     return operands > results ? operands : results;
   }
   static __host__ __device__ constexpr int bytes(int chunk) {
-    return operand_bytes(chunk) + (2 * chunk + BN + BM * BN) * 2 + BM * 2 * 4;
+    return operand_bytes(chunk) + (3 * BN + BM * BN) * 2 + BN * 4 + BM * 8;
   }
 };
 
@@ -115,112 +128,57 @@ __device__ __forceinline__ void copy_rows(T* to, int to_stride, const T* from, l
   }
 }
 
-// Mean, and sum of squared deviations from it.
-struct Moments {
-  float mean, squares;
-};
-
-// Normalises the rows in shared memory, of which this block has `chunk` of a.inner columns. A warp has kRowsAtOnce rows
-// under way. Sums are of differences from the row's first element here, so that one pass is enough.
+// Mean and 1 / deviation of each row of `columns` elements, from its moments; a warp has kRowsAtOnce rows under way.
 template <typename T, class Shape>
-__device__ __forceinline__ void normalise(const Operands<T>& a, T* x, int stride, const T* weight, const T* bias,
-                                          Moments* moments, int chunk, int rank, int first_row, bool first_columns) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, rows = min(Shape::BM, a.rows - first_row);
-  constexpr int kRowsAtOnce = Shape::BM / Shape::kWarps < 4 ? Shape::BM / Shape::kWarps : 4;
-  const auto row_of = [&](int first, int j) { return first + warp + j * Shape::kWarps; };
-  const auto column_of = [&](int o) { return (lane + o * kWarp) * kOctet; };
-
-  for (int first = 0; first < rows; first += kRowsAtOnce * Shape::kWarps) {
-    float sum[kRowsAtOnce] = {}, squares[kRowsAtOnce] = {};
+__device__ __forceinline__ void row_statistics(float2* statistics, const Operands<T>& a, int columns, int first_row,
+                                               int rows) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = columns / kMomentColumns;
+  constexpr int kEach = (Shape::BM + Shape::kWarps - 1) / Shape::kWarps, kRowsAtOnce = kEach < 4 ? kEach : 4;
+  const float inverse = __fdividef(1.f, tiles);
+  for (int first = warp; first < rows; first += kRowsAtOnce * Shape::kWarps) {
+    Moments part[kRowsAtOnce][kLaneMoments];
+    float mean[kRowsAtOnce] = {}, squares[kRowsAtOnce] = {};
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
-      const T* const row = x + row_of(first, j) * stride;
-      if (row_of(first, j) >= rows) continue;
-      const float origin = to_float(row[0]);
+      const long row = first_row + min(first + j * Shape::kWarps, rows - 1);
 #pragma unroll
-      for (int o = 0; o < kChunkOctets; ++o) {
-        if (column_of(o) >= chunk) continue;
-        float v[kOctet], part[kOctet / 2];
-        load<kOctet>(row + column_of(o), v);
+      for (int n = 0; n < kLaneMoments; ++n) {
+        const int tile = lane + n * kWarp;
+        if (tile < tiles) part[j][n] = a.moments[row * tiles + tile];
+      }
+    }
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) v[i] -= origin;
+    for (int j = 0; j < kRowsAtOnce; ++j) {
 #pragma unroll
-        for (int i = 0; i < kOctet / 2; ++i) part[i] = v[2 * i] + v[2 * i + 1];
-        sum[j] += (part[0] + part[1]) + (part[2] + part[3]);
+      for (int n = 0; n < kLaneMoments; ++n) mean[j] += lane + n * kWarp < tiles ? part[j][n].mean : 0.f;
+    }
 #pragma unroll
-        for (int i = 0; i < kOctet / 2; ++i) part[i] = v[2 * i] * v[2 * i] + v[2 * i + 1] * v[2 * i + 1];
-        squares[j] += (part[0] + part[1]) + (part[2] + part[3]);
+    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; ++j) mean[j] += __shfl_xor_sync(0xffffffffu, mean[j], apart);
+    }
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      mean[j] *= inverse;
+#pragma unroll
+      for (int n = 0; n < kLaneMoments; ++n) {
+        const float difference = part[j][n].mean - mean[j];
+        if (lane + n * kWarp < tiles) squares[j] += part[j][n].squares + kMomentColumns * difference * difference;
       }
     }
 #pragma unroll
     for (int apart = kWarp / 2; apart > 0; apart /= 2) {
 #pragma unroll
-      for (int j = 0; j < kRowsAtOnce; ++j) {
-        sum[j] += __shfl_xor_sync(0xffffffffu, sum[j], apart);
-        squares[j] += __shfl_xor_sync(0xffffffffu, squares[j], apart);
-      }
+      for (int j = 0; j < kRowsAtOnce; ++j) squares[j] += __shfl_xor_sync(0xffffffffu, squares[j], apart);
     }
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
-      const int row = row_of(first, j);
-      const float apart = __fdividef(sum[j], chunk);
-      if (lane == 0 && row < rows) moments[row] = {to_float(x[row * stride]) + apart, squares[j] - sum[j] * apart};
-    }
-  }
-  if (a.splits > 1) {
-    cluster_sync();
-  } else {
-    __syncwarp();
-  }
-  for (int first = 0; first < rows; first += kRowsAtOnce * Shape::kWarps) {
-    float mean[kRowsAtOnce], rstd[kRowsAtOnce];
-#pragma unroll
-    for (int j = 0; j < kRowsAtOnce; ++j) {
-      const int row = min(row_of(first, j), rows - 1);
-      Moments all = moments[row];
-      if (a.splits > 1) {
-        Moments part[kMaxSplits];
-        all = {0.f, 0.f};
-#pragma unroll
-        for (int r = 0; r < kMaxSplits; ++r) {
-          if (r < a.splits) part[r] = of_rank(moments, r)[row];
-        }
-#pragma unroll
-        for (int r = 0; r < kMaxSplits; ++r) {
-          if (r < a.splits) all.mean += __fdividef(part[r].mean, a.splits);
-        }
-#pragma unroll
-        for (int r = 0; r < kMaxSplits; ++r) {
-          const float apart = part[r].mean - all.mean;
-          if (r < a.splits) all.squares += part[r].squares + chunk * apart * apart;
-        }
-      }
-      mean[j] = all.mean;
-      rstd[j] = rsqrtf(__fdividef(all.squares, a.inner) + a.eps);
-    }
-#pragma unroll
-    for (int o = 0; o < kChunkOctets; ++o) {
-      const int c = column_of(o);
-      if (c >= chunk) continue;
-      float gain[kOctet], shift[kOctet];
-      load<kOctet>(weight + c, gain);
-      load<kOctet>(bias + c, shift);
-#pragma unroll
-      for (int j = 0; j < kRowsAtOnce; ++j) {
-        const int row = row_of(first, j);
-        if (row >= rows) continue;
-        float v[kOctet];
-        load<kOctet>(x + row * stride + c, v);
-#pragma unroll
-        for (int i = 0; i < kOctet; ++i) v[i] = (v[i] - mean[j]) * (rstd[j] * gain[i]) + shift[i];
-        store<kOctet>(x + row * stride + c, v);
-        if (first_columns && a.normed) {
-          store<kOctet>(a.normed + static_cast<long>(first_row + row) * a.inner + rank * chunk + c, v);
-        }
+      const int row = first + j * Shape::kWarps;
+      if (lane == 0 && row < rows) {
+        statistics[row] = make_float2(mean[j], rsqrtf(squares[j] * inverse / kMomentColumns + a.eps));
       }
     }
   }
-  __syncthreads();
 }
 
 // Grid: (outputs / BN) * splits, rows / BM; the `splits` blocks of a cluster have the same results and other columns.
@@ -230,23 +188,25 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
   constexpr int BM = Shape::BM, BN = Shape::BN;
   const int chunk = a.inner / a.splits, stride = chunk + kOctet;
   const int rank = blockIdx.x % a.splits, first_output = blockIdx.x / a.splits * BN, first_row = blockIdx.y * BM;
-  T* const weight = reinterpret_cast<T*>(shared);                                     // (BN, stride)
-  T* const x = weight + BN * stride;                                                  // (BM, stride)
-  T* const norm_weight = reinterpret_cast<T*>(shared + Shape::operand_bytes(chunk));  // (chunk,)
-  T* const norm_bias = norm_weight + chunk;                                           // (chunk,)
-  T* const bias = norm_bias + chunk;                                                  // (BN,)
-  T* const residual = bias + BN;                                                      // (BM, BN)
-  Moments* const moments = reinterpret_cast<Moments*>(residual + BM * BN);            // (BM,)
+  T* const weight = reinterpret_cast<T*>(shared);                              // (BN, stride)
+  T* const x = weight + BN * stride;                                           // (BM, stride)
+  T* const bias = reinterpret_cast<T*>(shared + Shape::operand_bytes(chunk));  // (BN,)
+  T* const gain = bias + BN;                                                   // (BN,)
+  T* const shift = gain + BN;                                                  // (BN,)
+  T* const residual = shift + BN;                                              // (BM, BN)
+  float* const column_sums = reinterpret_cast<float*>(residual + BM * BN);     // (BN,)
+  float2* const statistics = reinterpret_cast<float2*>(column_sums + BN);      // (BM,)
 
   launch_next();
   const int outputs = min(BN, a.outer - first_output), rows = min(BM, a.rows - first_row);
   copy_rows<BN, Shape::kWarps>(weight, stride, a.weight + static_cast<long>(first_output) * a.inner + rank * chunk,
                                a.inner, chunk, outputs);
-  if (a.norm_weight) {
-    copy_rows<1, Shape::kWarps>(norm_weight, 0, a.norm_weight + rank * chunk, 0, chunk, 1);
-    copy_rows<1, Shape::kWarps>(norm_bias, 0, a.norm_bias + rank * chunk, 0, chunk, 1);
-  }
   if (a.bias) copy_rows<1, Shape::kWarps>(bias, 0, a.bias + first_output, 0, outputs, 1);
+  if (a.gain) {
+    copy_rows<1, Shape::kWarps>(gain, 0, a.gain + first_output, 0, outputs, 1);
+    copy_rows<1, Shape::kWarps>(shift, 0, a.shift + first_output, 0, outputs, 1);
+  }
+  if (a.sums && threadIdx.x < outputs) column_sums[threadIdx.x] = a.sums[first_output + threadIdx.x];
   wait_for_previous();
   copy_rows<BM, Shape::kWarps>(x, stride, a.x + static_cast<long>(first_row) * a.inner + rank * chunk, a.inner, chunk,
                                rows);
@@ -255,17 +215,15 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
                                  a.outer, outputs, rows);
   }
   commit_copies();
+  if (a.moments) row_statistics<T, Shape>(statistics, a, a.sums ? a.inner : a.outer, first_row, rows);
   await_copies<0>();
   __syncthreads();
-  if (a.norm_weight) {
-    normalise<T, Shape>(a, x, stride, norm_weight, norm_bias, moments, chunk, rank, first_row, first_output == 0);
-  }
 
   constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int part = warp % Shape::WK, column = warp / Shape::WK % Shape::WN * kColumnTiles * 16;
   const int row = warp / (Shape::WK * Shape::WN) * kRowTiles * 16;
-  float sums[kRowTiles][kColumnTiles * 2][4] = {};
+  float products[kRowTiles][kColumnTiles * 2][4] = {};
 #pragma unroll 4
   for (int k = part * 16; k < chunk; k += Shape::WK * 16) {
     uint32_t left[kRowTiles][4], right[4];
@@ -276,8 +234,8 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
       load_right(right, weight + (column + n * 16) * stride + k, stride);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        multiply_add<T>(sums[m][2 * n], left[m], right[0], right[1]);
-        multiply_add<T>(sums[m][2 * n + 1], left[m], right[2], right[3]);
+        multiply_add<T>(products[m][2 * n], left[m], right[0], right[1]);
+        multiply_add<T>(products[m][2 * n + 1], left[m], right[2], right[3]);
       }
     }
   }
@@ -292,7 +250,7 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
       for (int half = 0; half < 2; ++half) {
         const int r = row + m * 16 + half * 8 + lane / 4, c = column + n * 8 + lane % 4 * 2;
         float2* const to = reinterpret_cast<float2*>(results + (part * BM + r) * Shape::kStride + c);
-        *to = make_float2(sums[m][n][2 * half], sums[m][n][2 * half + 1]);
+        *to = make_float2(products[m][n][2 * half], products[m][n][2 * half + 1]);
       }
     }
   }
@@ -300,23 +258,54 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
 
   constexpr int kRowOctets = BN / kOctet, kOctets = BM * kRowOctets;
   const auto result = [&](int i) { return results + i / kRowOctets * Shape::kStride + i % kRowOctets * kOctet; };
-  const auto finish = [&](int i, float (&y)[kOctet]) {
+  const auto finish = [&](int i, float (&y)[kOctet], unsigned lanes) {  // by all of these lanes
     const int r = i / kRowOctets, c = i % kRowOctets * kOctet;
-    if (r >= rows || c >= outputs) return;
-    float more[kOctet];
+    const bool inside = r < rows && c < outputs;
+    const float2 row_statistics = a.moments && inside ? statistics[r] : make_float2(0.f, 1.f);
+    float more[kOctet], times[kOctet];
+    if (a.sums) {
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) y[e] = row_statistics.y * (y[e] - row_statistics.x * column_sums[c + e]);
+    }
     if (a.bias) {
       load<kOctet>(bias + c, more);
 #pragma unroll
       for (int e = 0; e < kOctet; ++e) y[e] += more[e];
     }
+    if (a.activation != Activation::kLinear) {
 #pragma unroll
-    for (int e = 0; e < kOctet; ++e) y[e] = activate(a.activation, y[e]);
+      for (int e = 0; e < kOctet; ++e) y[e] = activate(a.activation, y[e]);
+    }
     if (a.residual) {
       load<kOctet>(residual + r * BN + c, more);
+      if (a.gain) {
+        load<kOctet>(gain + c, times);
+#pragma unroll
+        for (int e = 0; e < kOctet; ++e) more[e] = (more[e] - row_statistics.x) * (row_statistics.y * times[e]);
+        load<kOctet>(shift + c, times);
+#pragma unroll
+        for (int e = 0; e < kOctet; ++e) more[e] += times[e];
+      }
 #pragma unroll
       for (int e = 0; e < kOctet; ++e) y[e] += more[e];
     }
-    store<kOctet>(a.out + static_cast<long>(first_row + r) * a.outer + first_output + c, y);
+    Packed<T, kOctet> rounded;
+    rounded.narrow(y);
+    const long row = first_row + r;
+    if (inside) *reinterpret_cast<Packed<T, kOctet>*>(a.out + row * a.outer + first_output + c) = rounded;
+    if (a.left) {  // of two octets, which are neighbours' both
+      rounded.widen(y);
+      float mean = 0.f, squares = 0.f;
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) mean += y[e] / kMomentColumns;
+      mean += __shfl_xor_sync(lanes, mean, 1);
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) squares += (y[e] - mean) * (y[e] - mean);
+      squares += __shfl_xor_sync(lanes, squares, 1);
+      if (inside && i % 2 == 0) {
+        a.left[row * (a.outer / kMomentColumns) + (first_output + c) / kMomentColumns] = {mean, squares};
+      }
+    }
   };
   for (int i = threadIdx.x; i < kOctets; i += Shape::kThreads) {
     float y[kOctet], add[Shape::WK][kOctet];
@@ -329,7 +318,7 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
       for (int p = 1; p < Shape::WK; ++p) y[e] += add[p][e];
     }
     if (a.splits == 1) {
-      finish(i, y);
+      finish(i, y, 0xffffffffu);
     } else {
       store<kOctet>(result(i), y);
     }
@@ -348,7 +337,7 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
 #pragma unroll
       for (int e = 0; e < kOctet; ++e) y[e] += other < a.splits ? add[other][e] : 0.f;
     }
-    finish(i, y);
+    finish(i, y, share < kWarp ? (1u << share) - 1 : 0xffffffffu);
   }
   cluster_sync();  // until all have read it, this block's shared memory must stay
 }
@@ -356,19 +345,35 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 
+// The fewest blocks that can share rows of `inner` columns in such tiles; 0 where none can.
+template <class Shape>
+int splits_for(int inner) {
+  int splits = 1;
+  while (splits <= kMaxSplits && (inner % (16 * splits) != 0 || Shape::bytes(inner / splits) > kMaxShared)) splits *= 2;
+  return splits <= kMaxSplits ? splits : 0;
+}
+
 template <typename T, class Shape>
-void launch(const Operands<T>& a, cudaStream_t stream) {
+bool launch(Operands<T> a, cudaStream_t stream) {
+  a.splits = splits_for<Shape>(a.inner);
+  if (a.splits == 0) return false;
   const dim3 grid(ceil_div(a.outer, Shape::BN) * a.splits, ceil_div(a.rows, Shape::BM));
   launch_early_in_clusters("decode_linear::forward", forward<T, Shape>, grid, Shape::kThreads,
                            Shape::bytes(a.inner / a.splits), a.splits, stream, a);
+  return true;
 }
 
-// Tiles grow with the rows.
+// Tiles grow with the rows and their number; more warps share the columns where these are many. False if the columns
+// are too many.
 template <typename T>
-void forward(const Operands<T>& a, cudaStream_t stream) {
-  if (a.rows <= 16) return launch<T, Tile<16, 16, 1, 1, 4>>(a, stream);
-  if (a.rows <= 32) return launch<T, Tile<32, 16, 2, 1, 4>>(a, stream);
-  launch<T, Tile<64, 32, 2, 2, 2>>(a, stream);
+bool forward(const Operands<T>& a, cudaStream_t stream) {
+  constexpr int kMany = 512, kBlocks = 264;
+  if (a.rows <= 16 && a.inner <= kMany) return launch<T, Tile<16, 16, 1, 1, 4>>(a, stream);
+  if (a.rows <= 16) return launch<T, Tile<16, 16, 1, 1, 16>>(a, stream);
+  const int blocks = ceil_div(a.rows, 32) * ceil_div(a.outer, 16);
+  if (blocks <= kBlocks && a.inner <= kMany) return launch<T, Tile<32, 16, 2, 1, 4>>(a, stream);
+  if (blocks <= kBlocks / 2) return launch<T, Tile<32, 16, 2, 1, 8>>(a, stream);
+  return launch<T, Tile<64, 32, 2, 2, 2>>(a, stream);
 }
 
 }  // namespace decode_linear

@@ -1,8 +1,8 @@
 """One decoding step of all beams with fixed shapes and no host in it, so that a CUDA graph can hold it.
 
-The weights are those of an :class:`IncrementalDecoder`. Up to MAX_ROWS rows a layer is six ``decode_linear`` and two
-attentions, and norms are made by whoever reads: between sublayers travels the sum in front of the norm. More rows go
-through torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and normalises.
+The weights are those of an :class:`IncrementalDecoder`. Few rows take six ``decode_linear`` and two attentions a layer:
+between sublayers travel the sum in front of the norm and its moments, and whoever reads it normalises. Many go through
+torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and normalises.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightseq_fairseq.ops.decode_attention import (
     decode_cross_attention,
     decode_self_attention,
 )
-from lightseq_fairseq.ops.decode_linear import decode_linear, serves
+from lightseq_fairseq.ops.decode_linear import MAX_NORMED, Folded, decode_linear, fold, serves
 from lightseq_fairseq.ops.linear import InferenceLinear
 
 
@@ -65,6 +65,8 @@ class _Stream:
 
     sum: Tensor
     norm: InferenceNorm | None
+    moments: Tensor | None = None
+    """Of the sum, see ops/decode_linear.py, if whoever made it has left them."""
     normed: Tensor | None = None
     """norm(sum), once somebody has made it."""
 
@@ -84,6 +86,7 @@ class DecodeStep:
         positions = self.decoder.embed_positions
         self.positions = None if positions is None else positions.upto(self.config.max_target_positions, self.output)
         self.first_position = self.config.pad + 1
+        self._folded: dict[int, Folded] = {}
         self.embeddings, self.embed_scale = self.decoder.embed_tokens.weight, self.decoder.embed_scale
 
     @property
@@ -134,34 +137,45 @@ class DecodeStep:
             stream = _Stream(_normed(stream), self.last_norm)
         if self.project_out is not None:
             stream = _Stream(self._read(stream, self.project_out), None)
-        return self._linear(stream, self.output, self.output_bias, "linear")
+        return self._linear(_normed(stream), self.output, self.output_bias, "linear")
 
     def _read(self, stream: _Stream, linear: InferenceLinear) -> Tensor:
         """The stream, normalised, through a linear map with its activation."""
-        return self._linear(stream, linear.weight, linear.bias, linear.activation_name)
+        if stream.norm is None or stream.moments is None or not serves(stream.sum, linear.weight):
+            return self._linear(_normed(stream), linear.weight, linear.bias, linear.activation_name)
+        norm, folded = stream.norm, self._folded.get(id(linear))
+        if folded is None:
+            folded = self._folded[id(linear)] = fold(linear.weight, linear.bias, norm.weight, norm.bias)
+        return decode_linear(stream.sum, folded.weight, folded.bias, linear.activation_name, sums=folded.sums,
+                             moments=stream.moments, eps=norm.eps)[0]
 
-    def _linear(self, stream: _Stream, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        if serves(stream.sum, weight) and stream.normed is None:
-            keep = stream.norm is not None and not self.config.decoder_normalize_before
-            out, normed = decode_linear(stream.sum, weight, bias, activation, None, *_of(stream.norm), keep)
-            stream.normed = normed if keep else None
-            return out
-        x = _normed(stream)
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        if serves(x, weight):
+            return decode_linear(x, weight, bias, activation)[0]
         if activation == "relu" and bias is not None:  # which the GEMM does on its way out
             return torch._addmm_activation(bias, x, weight.t())
         return ACTIVATION_FUNCTIONS[activation](F.linear(x, weight, bias))
 
     def _join(self, x: Tensor, linear: InferenceLinear, stream: _Stream, norm: InferenceNorm | None) -> _Stream:
         """The sum of ``linear`` of ``x`` and the residual, to be normalised by ``norm``."""
-        residual = stream.sum if self.config.decoder_normalize_before else _normed(stream)
-        if serves(x, linear.weight):
-            return _Stream(decode_linear(x, linear.weight, linear.bias, residual=residual)[0], norm)
-        y, bias = F.linear(x, linear.weight), linear.bias
+        pre = self.config.decoder_normalize_before
+        bias = linear.bias
         assert bias is not None
+        if serves(x, linear.weight):
+            collect = norm is not None and stream.sum.size(1) <= MAX_NORMED
+            if pre or stream.moments is None or stream.norm is None:
+                residual = stream.sum if pre else _normed(stream)
+                out, moments = decode_linear(x, linear.weight, bias, residual=residual, collect=collect)
+            else:
+                old = stream.norm
+                out, moments = decode_linear(x, linear.weight, bias, moments=stream.moments, residual=stream.sum,
+                                             gain=old.weight, shift=old.bias, eps=old.eps, collect=collect)
+            return _Stream(out, norm, moments if collect else None)
+        y, residual = F.linear(x, linear.weight), stream.sum if pre else _normed(stream)
         if norm is None:
             return _Stream(ops.bias_dropout_residual(y, bias, residual), None)
         total, normed = ops.bias_dropout_residual_layer_norm(y, bias, residual, norm.weight, norm.bias, norm.eps)
-        return _Stream(total, norm, normed)
+        return _Stream(total, norm, None, normed)
 
     def _embed(self, buffers: DecodeBuffers) -> Tensor:
         """(B * K, C)."""
@@ -183,10 +197,6 @@ def _normed(stream: _Stream) -> Tensor:
         norm = stream.norm
         stream.normed = ops.layer_norm(stream.sum, norm.weight, norm.bias, norm.eps)
     return stream.normed
-
-
-def _of(norm: InferenceNorm | None) -> tuple[Tensor | None, Tensor | None, float]:
-    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
 
 
 def _padded(output: InferenceLinear, columns: int) -> tuple[Tensor, Tensor | None]:

@@ -1,17 +1,24 @@
 """decode_linear: out = act(norm(x) weight^T + bias) + residual, for the few rows of a decoding step.
 
-    x         (R, I)       norm(x) is layer_norm(x) where norm_weight (I,) and norm_bias (I,) are given, else x
-    weight    (O, I)       bias (O,) or None
-    residual  (R, O)       or None
+    x         (R, I)       weight (O, I)    bias (O,) or None
+    residual  (R, O)       or None; the norm of it is added where ``gain`` (O,) and ``shift`` (O,) are given
     out       (R, O)       computed in fp32
-    normed    (R, I)       norm(x) in the dtype of x, for the residual of a post-LN layer; empty unless asked for
+    moments   (R, C / 16, 2) fp32: mean, and sum of squared deviations from it, of each 16 columns of a tensor (R, C);
+                           those of ``out``, as rounded, come back if asked for
 
-A layer of a decoder is eight launches this way: six of these, two of attention. Weights do not change while others run,
-so a launch fetches its own before the one ahead of it has ended. The kernel takes 16-bit types and sizes that are
-multiples of 16 (I, up to 4096) and 8 (O); for anything else :func:`serves` says no, and the reference answers.
+A norm (of x where there are ``sums``, else of the residual) takes mean and deviation from ``moments`` that the tensor's
+maker has left. That of x has its gain in the weights (:func:`fold`) and costs little: with W = weight * gain, rounded,
+
+    norm(x) weight^T = rstd * (x W^T - mean * sums) + weight shift,    sums = W 1, (O,) fp32
+
+where mean * sums takes away just what the mean has added, however W was rounded. A layer of a decoder is eight
+launches this way: six of these, two of attention. Weights do not change while others run, so a launch fetches its own
+before the one ahead of it has ended. The kernel takes 16-bit types; for what else it does not, :func:`serves` says no.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,75 +27,125 @@ from torch import Tensor
 from lightseq_fairseq.ops import _extension
 from lightseq_fairseq.ops._library import accumulate_dtype, check, register, shape
 from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
-from lightseq_fairseq.ops.layer_norm import norm_forward
 
-MAX_ROWS = 64
+MOMENT_COLUMNS = 16
+"""Columns that share their moments."""
+MAX_ROWS = 128
 """Rows up to which the kernel is faster than torch's GEMM and an operator beside it (H200, 512 columns)."""
 MAX_OUTER = 8192
-"""Outputs up to which it is: with 4 rows and 28 672 outputs it takes 12.5 us, torch's GEMM 6.5 and a norm 1.6."""
+"""Outputs up to which it is."""
+MAX_NORMED = 2048
+"""Columns of what it normalises."""
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None,
-             norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """(R, I), (O, I) -> out (R, O), normed (R, I) or empty."""
-    if norm_weight is not None and norm_bias is not None:
-        x = norm_forward(x, norm_weight, norm_bias, eps)[0]
+class Folded(NamedTuple):
+    """A linear map behind a norm, with the norm's gain and shift in it."""
+
+    weight: Tensor
+    """(O, I): weight * gain, rounded."""
+    bias: Tensor
+    """(O,): bias + weight shift."""
+    sums: Tensor
+    """(O,) fp32: of each row of ``weight``."""
+
+
+def fold(weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor) -> Folded:
+    """``weight`` (O, I) and ``bias`` (O,) behind a norm of ``gain`` (I,) and ``shift`` (I,)."""
+    wide = accumulate_dtype(weight.dtype)
+    folded = (weight.to(wide) * gain.to(wide)).to(weight.dtype)
+    moved = weight.to(wide) @ shift.to(wide)
+    moved = moved if bias is None else moved + bias.to(wide)
+    return Folded(folded, moved.to(weight.dtype), folded.to(wide).sum(1).to(torch.float32))
+
+
+def moments_of(x: Tensor) -> Tensor:
+    """(R, C) -> moments (R, C / 16, 2)."""
+    tiles = x.to(accumulate_dtype(x.dtype)).view(x.size(0), -1, MOMENT_COLUMNS)
+    mean = tiles.mean(2, keepdim=True)
+    return torch.cat((mean, (tiles - mean).square().sum(2, keepdim=True)), 2).to(torch.float32)
+
+
+def _statistics(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of each row, (R, 1)."""
+    mean = moments[..., 0].mean(1, keepdim=True)
+    squares = moments[..., 1] + MOMENT_COLUMNS * (moments[..., 0] - mean).square()
+    return mean, (squares.mean(1, keepdim=True) / MOMENT_COLUMNS + eps).rsqrt()
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, sums: Tensor | None,
+             moments: Tensor | None, residual: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float,
+             collect: bool) -> tuple[Tensor, Tensor]:
+    """(R, I), (O, I) -> out (R, O), its moments (R, O / 16, 2) or nothing."""
     wide = accumulate_dtype(x.dtype)
-    out = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    out = ACTIVATION_FUNCTIONS[activation](out)
-    out = out if residual is None else out + residual
-    return out.to(x.dtype), x.clone() if keep else x.new_empty(0)
+    out = F.linear(x.to(wide), weight.to(wide))
+    added = None if residual is None else residual.to(wide)
+    if moments is not None:
+        mean, rstd = _statistics(moments, eps)
+        if sums is not None:
+            out = rstd * (out - mean * sums)
+        elif added is not None and gain is not None and shift is not None:
+            added = (added - mean) * rstd * gain.to(wide) + shift.to(wide)
+    out = ACTIVATION_FUNCTIONS[activation](out if bias is None else out + bias.to(wide))
+    out = out if added is None else out + added
+    out = out.to(x.dtype)
+    return out, moments_of(out) if collect else x.new_empty(0, dtype=torch.float32)
 
 
 _decode_linear = register(
-    "decode_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight,"
-    " Tensor? norm_bias, float eps, bool keep) -> (Tensor, Tensor)", _forward,
-    lambda x, weight, bias, activation, residual, norm_weight, norm_bias, eps, keep: (
-        x.new_empty(x.size(0), weight.size(0)), torch.empty_like(x) if keep else x.new_empty(0)))
+    "decode_linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? sums, Tensor? moments,"
+    " Tensor? residual, Tensor? gain, Tensor? shift, float eps, bool collect) -> (Tensor, Tensor)", _forward,
+    lambda x, weight, bias, activation, sums, moments, residual, gain, shift, eps, collect: (
+        x.new_empty(x.size(0), weight.size(0)),
+        x.new_empty((x.size(0), weight.size(0) // MOMENT_COLUMNS, 2) if collect else (0,), dtype=torch.float32)))
 
 
-def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "linear",
-                  residual: Tensor | None = None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
-                  eps: float = 1e-5, keep: bool = False) -> tuple[Tensor, Tensor]:
-    """``out`` (R, O), and with ``keep`` ``normed`` (R, I); see the head of this file.
+def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "linear", *,
+                  sums: Tensor | None = None, moments: Tensor | None = None, residual: Tensor | None = None,
+                  gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5,
+                  collect: bool = False) -> tuple[Tensor, Tensor]:
+    """``out`` (R, O), and with ``collect`` its moments (R, O / 16, 2); see the head of this file.
 
     Raises ValueError for shapes, dtypes or names that do not fit.
     """
     rows, inner = x.shape
     outer = weight.size(0)
-    vectors = {"bias": (bias, outer), "norm_weight": (norm_weight, inner), "norm_bias": (norm_bias, inner)}
+    normed = inner if sums is not None else outer
+    kind = x.dtype
+    tables = {"weight": (weight, (outer, inner), kind), "bias": (bias, (outer,), kind),
+              "sums": (sums, (outer,), torch.float32), "residual": (residual, (rows, outer), kind),
+              "moments": (moments, (rows, normed // MOMENT_COLUMNS, 2), torch.float32),
+              "gain": (gain, (outer,), kind), "shift": (shift, (outer,), kind)}
     check("decode_linear",
-          (weight.shape == (outer, inner), lambda: f"weight must have {inner} columns, got {shape(weight)}"),
-          (weight.dtype == x.dtype, lambda: f"weight must be {x.dtype} as x is, got {weight.dtype}"),
-          *((vector is None or (vector.shape == (size,) and vector.dtype == x.dtype),
-             lambda n=name, v=vector, s=size: f"{n} must be ({s},) in {x.dtype}, got {shape(v)} in {v.dtype}")
-            for name, (vector, size) in vectors.items()),
-          ((norm_weight is None) == (norm_bias is None), lambda: "norm_weight and norm_bias must be given together"),
-          (residual is None or (residual.shape == (rows, outer) and residual.dtype == x.dtype),
-           lambda: f"residual must be ({rows}, {outer}) in {x.dtype}, got {shape(residual)}"),  # type: ignore[arg-type]
+          *((t is None or (t.shape == size and t.dtype == dtype and t.is_contiguous()),
+             lambda n=name, t=t, s=size, d=dtype: f"{n} must be {s} {d}, contiguous, got {shape(t)} {t.dtype}")
+            for name, (t, size, dtype) in tables.items()),
+          ((gain is None) == (shift is None) and (gain is None or residual is not None),
+           lambda: "gain and shift must be given together, and with a residual"),
+          ((moments is not None) == ((sums is not None) != (gain is not None)),
+           lambda: "moments must be given with either sums or gain, and with nothing else"),
+          (moments is None or (normed % MOMENT_COLUMNS == 0 and normed <= MAX_NORMED),
+           lambda: f"what is normalised must have a multiple of {MOMENT_COLUMNS} columns up to {MAX_NORMED}, "
+                   f"got {normed}"),
+          (not collect or outer % MOMENT_COLUMNS == 0,
+           lambda: f"weight must have a multiple of {MOMENT_COLUMNS} rows for moments of out, got {outer}"),
           (activation in ACTIVATION_FUNCTIONS,
            lambda: f"activation must be one of {', '.join(ACTIVATION_FUNCTIONS)}, got {activation!r}"))
+    arguments = (x.contiguous(), weight, bias, activation, sums, moments, residual, gain, shift, eps, collect)
     if x.is_cuda and not (_extension.loaded() and _compiled(x, weight)):
-        return _forward(x, weight, bias, activation, residual, norm_weight, norm_bias, eps, keep)
-    if residual is not None:
-        residual = residual.contiguous()
-    return _decode_linear(x.contiguous(), weight.contiguous(), bias, activation, residual, norm_weight, norm_bias, eps,
-                          keep)
+        return _forward(*arguments)
+    return _decode_linear(*arguments)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`decode_linear` is the way to go for these, and not torch's GEMM."""
-    return (x.size(0) <= MAX_ROWS and weight.size(0) <= MAX_OUTER
+    outer, inner = weight.shape
+    return (x.size(0) <= MAX_ROWS and outer <= MAX_OUTER and inner % MOMENT_COLUMNS == 0 and outer % MOMENT_COLUMNS == 0
             and (not x.is_cuda or (_extension.loaded() and _compiled(x, weight))))
 
 
 def _compiled(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes them."""
+    """Whether the kernel takes them: 512 columns in eight parts always fit."""
     outer, inner = weight.shape
-    return (x.dtype in (torch.float16, torch.bfloat16) and outer % 8 == 0 and split(inner) > 0
+    return (x.dtype in (torch.float16, torch.bfloat16) and outer % 8 == 0 and inner % 16 == 0
+            and any(inner % (16 * parts) == 0 and inner // parts <= 512 for parts in (1, 2, 4, 8))
             and torch.cuda.get_device_capability(x.device) >= (9, 0))
-
-
-def split(inner: int) -> int:
-    """Blocks that share a row of ``inner`` columns, at most 512 each; 0 where none of 1, 2, 4 and 8 serves."""
-    return next((parts for parts in (1, 2, 4, 8) if inner % (16 * parts) == 0 and inner // parts <= 512), 0)
