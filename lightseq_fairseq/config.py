@@ -1,4 +1,4 @@
-"""What a model is: sizes, norm placement, positions, tying and special tokens.
+"""What a model is: its stacks, sizes, norm placement, positions, tying and special tokens.
 
 One frozen value serves the layers, the model file and the generator; an
 architecture (Transformer, BERT, BART, GPT-2) is a value of it, never a subclass.
@@ -12,6 +12,7 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_accurate", "gelu_fast", "swish", "tanh", "linear")
 POSITIONS = ("sinusoidal", "learned", "none")
+STACKS = ("encoder-decoder", "encoder", "decoder")
 
 
 class ConfigError(ValueError):
@@ -20,7 +21,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """An encoder-decoder Transformer (Vaswani et al. 2017, arXiv:1706.03762).
+    """A Transformer (Vaswani et al. 2017, arXiv:1706.03762): encoder and decoder, or one of them.
+
+    An encoder alone (BERT, RoBERTa) turns tokens into vectors; a decoder alone, without cross-attention (GPT-2,
+    fairseq's ``transformer_lm``), continues a text. Fields of the stack that is absent mean nothing, and both
+    vocabulary sizes are then one number.
 
     Sizes are in elements; ``*_positions`` limits count tokens, pads excluded.
     """
@@ -29,6 +34,8 @@ class TransformerConfig:
     """Rows of ``encoder.embed_tokens.weight``."""
     tgt_vocab_size: int
     """Rows of ``decoder.embed_tokens.weight`` and of the output projection."""
+    stacks: str = "encoder-decoder"
+    """One of :data:`STACKS`."""
 
     encoder_layers: int = 6
     encoder_embed_dim: int = 512
@@ -55,6 +62,12 @@ class TransformerConfig:
     decoder_positions: str = "sinusoidal"
     max_source_positions: int = 1024
     max_target_positions: int = 1024
+    position_offset: int | None = None
+    """Row of a position table that belongs to the first token; ``pad + 1`` where None, as fairseq has it."""
+    type_vocab_size: int = 0
+    """Rows of ``encoder.embed_token_types.weight``, which tell the sentences of a pair apart; 0 for none."""
+    pooler: bool = False
+    """``encoder.pooler``: tanh of a linear map of the first token's output, BERT's (Devlin et al. 2019)."""
     no_scale_embedding: bool = False
     """False multiplies token embeddings by sqrt(embed_dim)."""
     share_decoder_input_output_embed: bool = False
@@ -93,6 +106,14 @@ class TransformerConfig:
                 wrong.append(f"{side}_positions must be one of {POSITIONS}, got {getattr(self, f'{side}_positions')!r}")
             if getattr(self, f"{side}_layers") < 0:
                 wrong.append(f"{side}_layers must not be negative, got {getattr(self, f'{side}_layers')}")
+        if self.stacks not in STACKS:
+            wrong.append(f"stacks must be one of {STACKS}, got {self.stacks!r}")
+        elif self.stacks != "encoder-decoder":
+            wrong += self._problems_of_one_stack()
+        if self.position_offset is not None and self.position_offset < 0:
+            wrong.append(f"position_offset must not be negative, got {self.position_offset}")
+        if self.type_vocab_size < 0:
+            wrong.append(f"type_vocab_size must not be negative, got {self.type_vocab_size}")
         if self.activation_fn not in ACTIVATIONS:
             wrong.append(f"activation_fn must be one of {ACTIVATIONS}, got {self.activation_fn!r}")
         if self.share_all_embeddings and self.src_vocab_size != self.tgt_vocab_size:
@@ -107,6 +128,35 @@ class TransformerConfig:
                          f"{self.input_dim} and {self.output_dim}")
         if wrong:
             raise ConfigError("TransformerConfig: " + "; ".join(wrong))
+
+    def _problems_of_one_stack(self) -> list[str]:
+        """What a model without encoder, or without decoder, cannot be."""
+        wrong = []
+        if self.src_vocab_size != self.tgt_vocab_size:
+            wrong.append(f"a model of stacks {self.stacks!r} has one vocabulary, got {self.src_vocab_size} source and "
+                         f"{self.tgt_vocab_size} target types")
+        if self.share_all_embeddings or self.cross_self_attention:
+            wrong.append(f"share_all_embeddings and cross_self_attention need two stacks, got {self.stacks!r}")
+        if self.stacks == "decoder" and not self.no_cross_attention:
+            wrong.append("a decoder alone needs no_cross_attention")
+        if self.stacks == "decoder" and (self.type_vocab_size or self.pooler):
+            wrong.append("type_vocab_size and pooler belong to an encoder")
+        return wrong
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether there is an encoder."""
+        return self.stacks != "decoder"
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether there is a decoder."""
+        return self.stacks != "encoder"
+
+    @property
+    def first_position(self) -> int:
+        """Row of a position table that belongs to the first token."""
+        return self.pad + 1 if self.position_offset is None else self.position_offset
 
     @property
     def input_dim(self) -> int:

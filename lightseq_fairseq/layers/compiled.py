@@ -53,9 +53,9 @@ class CompiledEncoder:
         return _fits(encoder, config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Packed ``tokens`` (N,) int64 -> (N, C)."""
-        x = self.encoder.embed(tokens, packing.positions, packing.width).contiguous()
+    def __call__(self, tokens: Tensor, packing: Packing, token_types: Tensor | None = None) -> Tensor:
+        """Packed ``tokens`` (N,) int64, and their types where the model has some -> (N, C)."""
+        x = self.encoder.embed(tokens, packing.positions, packing.width, token_types=token_types).contiguous()
         self._encode(self.packed, self.shape, self.eps, x, packing.cu_seqlens, self.lanes)
         return x
 
@@ -111,7 +111,7 @@ class CompiledDecoder:
         position = None
         if self.positions is not None:
             table = self.positions.upto(state.steps, self.embeddings)
-            position = table[self.positions.pad + state.steps]
+            position = table[self.positions.offset + state.steps - 1]
         parents, state.parents = state.parents, None
         logits: Tensor = self._step(
             self.packed, self.shape, self.eps, self.embeddings, position, tokens.contiguous(), parents, state.live,

@@ -85,7 +85,7 @@ class DecodeStep:
         self.last_norm = None if last is None else InferenceNorm(last)
         positions = self.decoder.embed_positions
         self.positions = None if positions is None else positions.upto(self.config.max_target_positions, self.output)
-        self.first_position = self.config.pad + 1
+        self.first_position = self.config.first_position
         self._folded: dict[int, Folded] = {}
         self.embeddings, self.embed_scale = self.decoder.embed_tokens.weight, self.decoder.embed_scale
 

@@ -88,7 +88,9 @@ class TransformerDecoder(EmbeddingStack):
         self.project_in_dim = _projection(config.input_dim, dim)
         self.embed_positions = (
             None if config.decoder_positions == "none" else
-            PositionalEmbedding(config.max_target_positions, dim, config.pad, config.decoder_positions == "learned"))
+            PositionalEmbedding(config.max_target_positions, dim, config.pad, config.decoder_positions == "learned",
+                                config.position_offset))
+        self.embed_token_types = None
         self.layernorm_embedding = LayerNorm(dim, eps=eps) if config.layernorm_embedding else None
         wrap = wrap_layer or (lambda layer: layer)
         self.layers = nn.ModuleList(wrap(TransformerDecoderLayer(config)) for _ in range(config.decoder_layers))

@@ -64,21 +64,24 @@ class TransformerEncoder(EmbeddingStack):
         self.project_in_dim = None
         self.embed_positions = (
             None if config.encoder_positions == "none" else
-            PositionalEmbedding(config.max_source_positions, dim, config.pad, config.encoder_positions == "learned"))
+            PositionalEmbedding(config.max_source_positions, dim, config.pad, config.encoder_positions == "learned",
+                                config.position_offset))
+        self.embed_token_types = nn.Embedding(config.type_vocab_size, dim) if config.type_vocab_size else None
         self.layernorm_embedding = LayerNorm(dim, eps=config.layer_norm_eps) if config.layernorm_embedding else None
         wrap = wrap_layer or (lambda layer: layer)
         self.layers = nn.ModuleList(wrap(TransformerEncoderLayer(config)) for _ in range(config.encoder_layers))
         self.layer_norm = LayerNorm(dim, eps=config.layer_norm_eps) if config.encoder_normalize_before else None
+        self.pooler = nn.Linear(dim, dim) if config.pooler else None
 
     def encode(self, tokens: Tensor, packing: Packing, token_embeddings: Tensor | None = None,
-               states: list[Tensor] | None = None) -> Tensor:
+               states: list[Tensor] | None = None, token_types: Tensor | None = None) -> Tensor:
         """Packed ``tokens`` (N,) int64 -> (N, C).
 
         ``token_embeddings`` (N, C) takes the place of the look-up. ``states`` collects the input of the first layer
-        and the output of each, as fairseq's ``return_all_hiddens`` does.
+        and the output of each, as fairseq's ``return_all_hiddens`` does. ``token_types`` (N,) int64 are 0 where None.
         """
         seeds = Seeds(self, TransformerEncoderLayer.SEEDS)
-        x = self.embed(tokens, packing.positions, packing.width, token_embeddings, seeds.first)
+        x = self.embed(tokens, packing.positions, packing.width, token_embeddings, seeds.first, token_types)
         if states is not None:
             states.append(x)
         for index, layer in enumerate(drop_layers(self.layers, self.config.encoder_layerdrop, self.training)):

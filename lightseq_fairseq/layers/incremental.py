@@ -124,7 +124,7 @@ class IncrementalDecoder:
         x = x if decoder.project_in_dim is None else decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
             table = decoder.embed_positions.upto(position + 1, self.embeddings)
-            x = x + table[decoder.embed_positions.pad + 1 + position]
+            x = x + table[decoder.embed_positions.offset + position]
         return x if decoder.layernorm_embedding is None else decoder.layernorm_embedding(x)
 
 

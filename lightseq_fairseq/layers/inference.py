@@ -72,9 +72,9 @@ class InferenceEncoder:
         self.layers = [_EncoderLayer(layer) for layer in encoder.layers]  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Packed ``tokens`` (N,) int64 -> (N, C)."""
-        x = self.encoder.embed(tokens, packing.positions, packing.width)
+    def __call__(self, tokens: Tensor, packing: Packing, token_types: Tensor | None = None) -> Tensor:
+        """Packed ``tokens`` (N,) int64, and their types where the model has some -> (N, C)."""
+        x = self.encoder.embed(tokens, packing.positions, packing.width, token_types=token_types)
         for layer in self.layers:
             x = layer(x, packing)
         return x if self.encoder.layer_norm is None else self.encoder.layer_norm(x)

@@ -9,6 +9,11 @@ from lightseq_fairseq import ops
 from lightseq_fairseq.layers.linear import forked_linear, linear
 
 
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """Seeds (count, 1) int64 of as many dropouts, from torch's generator."""
+    return torch.empty((count, 1), dtype=torch.int64, device=device).random_()
+
+
 class Seeds:
     """The seeds of one forward pass of a stack, one for each dropout, drawn together from torch's generator.
 
@@ -19,8 +24,7 @@ class Seeds:
         config, layers = stack.config, stack.layers
         self.per_layer, self.all = per_layer, None
         if stack.training and max(config.dropout, config.attention_dropout, config.activation_dropout) > 0:
-            device = stack.embed_tokens.weight.device
-            self.all = torch.empty((1 + per_layer * len(layers), 1), dtype=torch.int64, device=device).random_()
+            self.all = draw_seeds(1 + per_layer * len(layers), stack.embed_tokens.weight.device)
 
     @property
     def first(self) -> Tensor | None:
@@ -66,7 +70,7 @@ class ResidualBlock(nn.Module):
 
     def enter(self, x: Tensor, norm: LayerNorm) -> Tensor:
         """The first sublayer's input, whose norm is ``norm``."""
-        return norm(x) if self.normalize_before else x
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps) if self.normalize_before else x
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor:
         """What is added to a sublayer's output: the stream ``x`` or, in a post-LN layer, the sublayer's input ``y``,

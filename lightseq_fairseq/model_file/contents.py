@@ -29,10 +29,11 @@ from lightseq_fairseq.model_file.spec import (
     validate,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise by one when a reader of the version before would misread the new file: a field of Config, Extension or Tensor
 that it may not ignore, another meaning of an old one, another answer of lightseq.obstacles or lightseq.layout. A field
-that old readers may ignore needs no new version. Older versions stay readable."""
+that old readers may ignore needs no new version. Older versions stay readable. 2: models of one stack, positions that
+begin elsewhere, token types, poolers."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ def unpack(contents: Contents) -> ModelFile:
     extension = contents.extension
     config = _config_of(extension.config)
     stored = len(contents.arrays) + len(extension.tensors)
-    if config.encoder_layers + config.decoder_layers > stored:
-        raise ModelFileError(f"expected weights of {config.encoder_layers} + {config.decoder_layers} layers, "
+    layers = config.encoder_layers * config.has_encoder, config.decoder_layers * config.has_decoder
+    if sum(layers) > stored:
+        raise ModelFileError(f"expected weights of {layers[0]} + {layers[1]} layers, "
                              f"got {stored} arrays in all: the file is truncated or damaged, export or copy it again")
     problems = symbol_problems(config, extension.src_symbols, extension.tgt_symbols)
     pieces = lightseq.layout(config) if contents.arrays and not lightseq.obstacles(config) else {}

@@ -82,6 +82,9 @@ def obstacles(config: TransformerConfig) -> list[str]:
     post = not (config.encoder_normalize_before or config.decoder_normalize_before)
     widths = {config.encoder_embed_dim, config.decoder_embed_dim, config.input_dim, config.output_dim}
     checks = {
+        f"a model of stacks {config.stacks!r}": config.stacks != "encoder-decoder",
+        "token types": config.type_vocab_size > 0,
+        "a pooler": config.pooler,
         "pre-LN needs a norm behind each stack and none behind the embeddings":
             pre and (config.no_decoder_final_norm or config.layernorm_embedding),
         "post-LN needs layernorm_embedding": post and not config.layernorm_embedding,
@@ -235,8 +238,8 @@ def _token_piece(config: TransformerConfig, side: str) -> Piece:
 
 
 def _position_piece(config: TransformerConfig, side: str, foreign: bool) -> Piece:
-    """Rows pad + 1, pad + 2, ... of fairseq's table. Foreign files may have any number of rows."""
-    name, width, offset = f"{side}.embed_positions.weight", config.encoder_embed_dim, config.pad + 1
+    """The rows of fairseq's table from the first token's on. Foreign files may have any number of rows."""
+    name, width, offset = f"{side}.embed_positions.weight", config.encoder_embed_dim, config.first_position
     kind = config.encoder_positions if side == "encoder" else config.decoder_positions
     own = config.max_source_positions if side == "encoder" else config.max_target_positions
     rows = own if foreign else min(config.max_source_positions, config.max_target_positions, MAX_STEP)

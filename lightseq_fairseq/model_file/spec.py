@@ -27,7 +27,8 @@ class ModelFile:
     tensors: dict[str, Tensor]
     """All of :func:`tensor_shapes` and :func:`tied_tensors`; tied names refer to one tensor."""
     src_symbols: tuple[str, ...] | None = None
-    """The source dictionary in index order, special symbols included; None when unknown."""
+    """The source dictionary in index order, special symbols included; None when unknown. A model of one stack has one
+    dictionary, which both names refer to."""
     tgt_symbols: tuple[str, ...] | None = None
     source_lang: str | None = None
     target_lang: str | None = None
@@ -56,41 +57,50 @@ def tensor_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         if width != dim:
             shapes[f"{side}.project_in_dim.weight"] = (dim, width)
         if positions == "learned":
-            shapes[f"{side}.embed_positions.weight"] = (max_positions + config.pad + 1, dim)
+            shapes[f"{side}.embed_positions.weight"] = (max_positions + config.first_position, dim)
+        if side == "encoder" and config.type_vocab_size:
+            shapes["encoder.embed_token_types.weight"] = (config.type_vocab_size, dim)
         if config.layernorm_embedding:
             norm(f"{side}.layernorm_embedding", dim)
 
-    dim = config.encoder_embed_dim
-    embedding("encoder", config.src_vocab_size, dim, dim, config.encoder_positions, config.max_source_positions)
-    for i in range(config.encoder_layers):
-        attention(f"encoder.layers.{i}.self_attn", dim, dim)
-        norm(f"encoder.layers.{i}.self_attn_layer_norm", dim)
-        linear(f"encoder.layers.{i}.fc1", dim, config.encoder_ffn_embed_dim)
-        linear(f"encoder.layers.{i}.fc2", config.encoder_ffn_embed_dim, dim)
-        norm(f"encoder.layers.{i}.final_layer_norm", dim)
-    if config.encoder_normalize_before:
-        norm("encoder.layer_norm", dim)
+    def encoder(dim: int) -> None:
+        embedding("encoder", config.src_vocab_size, dim, dim, config.encoder_positions, config.max_source_positions)
+        for i in range(config.encoder_layers):
+            attention(f"encoder.layers.{i}.self_attn", dim, dim)
+            norm(f"encoder.layers.{i}.self_attn_layer_norm", dim)
+            linear(f"encoder.layers.{i}.fc1", dim, config.encoder_ffn_embed_dim)
+            linear(f"encoder.layers.{i}.fc2", config.encoder_ffn_embed_dim, dim)
+            norm(f"encoder.layers.{i}.final_layer_norm", dim)
+        if config.encoder_normalize_before:
+            norm("encoder.layer_norm", dim)
+        if config.pooler:
+            linear("encoder.pooler", dim, dim)
 
-    source_dim, dim = dim, config.decoder_embed_dim
-    embedding("decoder", config.tgt_vocab_size, config.input_dim, dim, config.decoder_positions,
-              config.max_target_positions)
-    for i in range(config.decoder_layers):
-        attention(f"decoder.layers.{i}.self_attn", dim, dim)
-        norm(f"decoder.layers.{i}.self_attn_layer_norm", dim)
-        if not config.no_cross_attention:
-            attention(f"decoder.layers.{i}.encoder_attn", dim, source_dim)
-            norm(f"decoder.layers.{i}.encoder_attn_layer_norm", dim)
-        linear(f"decoder.layers.{i}.fc1", dim, config.decoder_ffn_embed_dim)
-        linear(f"decoder.layers.{i}.fc2", config.decoder_ffn_embed_dim, dim)
-        norm(f"decoder.layers.{i}.final_layer_norm", dim)
-    if config.decoder_normalize_before and not config.no_decoder_final_norm:
-        norm("decoder.layer_norm", dim)
-    if config.output_dim != dim:
-        shapes["decoder.project_out_dim.weight"] = (config.output_dim, dim)
-    if not config.tied_output:
-        shapes["decoder.output_projection.weight"] = (config.tgt_vocab_size, config.output_dim)
-    if config.output_bias:
-        shapes["decoder.output_projection.bias"] = (config.tgt_vocab_size,)
+    def decoder(dim: int, source_dim: int) -> None:
+        embedding("decoder", config.tgt_vocab_size, config.input_dim, dim, config.decoder_positions,
+                  config.max_target_positions)
+        for i in range(config.decoder_layers):
+            attention(f"decoder.layers.{i}.self_attn", dim, dim)
+            norm(f"decoder.layers.{i}.self_attn_layer_norm", dim)
+            if not config.no_cross_attention:
+                attention(f"decoder.layers.{i}.encoder_attn", dim, source_dim)
+                norm(f"decoder.layers.{i}.encoder_attn_layer_norm", dim)
+            linear(f"decoder.layers.{i}.fc1", dim, config.decoder_ffn_embed_dim)
+            linear(f"decoder.layers.{i}.fc2", config.decoder_ffn_embed_dim, dim)
+            norm(f"decoder.layers.{i}.final_layer_norm", dim)
+        if config.decoder_normalize_before and not config.no_decoder_final_norm:
+            norm("decoder.layer_norm", dim)
+        if config.output_dim != dim:
+            shapes["decoder.project_out_dim.weight"] = (config.output_dim, dim)
+        if not config.tied_output:
+            shapes["decoder.output_projection.weight"] = (config.tgt_vocab_size, config.output_dim)
+        if config.output_bias:
+            shapes["decoder.output_projection.bias"] = (config.tgt_vocab_size,)
+
+    if config.has_encoder:
+        encoder(config.encoder_embed_dim)
+    if config.has_decoder:
+        decoder(config.decoder_embed_dim, config.encoder_embed_dim)
     return shapes
 
 
@@ -99,7 +109,7 @@ def tied_tensors(config: TransformerConfig) -> dict[str, str]:
     ties = {}
     if config.share_all_embeddings:
         ties["decoder.embed_tokens.weight"] = "encoder.embed_tokens.weight"
-    if config.tied_output:
+    if config.has_decoder and config.tied_output:
         ties["decoder.output_projection.weight"] = ties.get("decoder.embed_tokens.weight",
                                                             "decoder.embed_tokens.weight")
     return ties

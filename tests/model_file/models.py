@@ -17,6 +17,8 @@ SIZES: dict[str, Any] = dict(
 PRE: dict[str, Any] = dict(encoder_normalize_before=True, decoder_normalize_before=True)
 TIED: dict[str, Any] = dict(share_decoder_input_output_embed=True)
 LEARNED: dict[str, Any] = dict(encoder_positions="learned", decoder_positions="learned")
+ENCODER: dict[str, Any] = dict(stacks="encoder", tgt_vocab_size=11, layernorm_embedding=True)
+DECODER: dict[str, Any] = dict(stacks="decoder", src_vocab_size=13, no_cross_attention=True)
 ONE_VOCABULARY: dict[str, Any] = dict(tgt_vocab_size=11, share_all_embeddings=True)
 
 
@@ -54,6 +56,11 @@ NOT_FOR_LIGHTSEQ = {
     "cross+self-attention": small_config(**PRE, **TIED, cross_self_attention=True, no_cross_attention=True),
     "no decoder layer": small_config(**PRE, **TIED, decoder_layers=0),
     "eos is 0": small_config(**PRE, **TIED, eos=0, bos=2),
+    "positions from row 0": small_config(**PRE, **LEARNED, position_offset=0),
+    "an encoder": small_config(**ENCODER),
+    "an encoder with token types and a pooler": small_config(**ENCODER, type_vocab_size=3, pooler=True, **LEARNED),
+    "a decoder": small_config(**DECODER, **PRE, **TIED),
+    "a decoder of other widths": small_config(**DECODER, decoder_input_dim=8, decoder_output_dim=6, output_bias=True),
 }
 
 CONFIGS = FOR_LIGHTSEQ | NOT_FOR_LIGHTSEQ

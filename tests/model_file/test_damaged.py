@@ -95,12 +95,26 @@ def test_each_format_is_told_from_the_other_and_from_a_checkpoint(tmp_path, pb, 
         load(tmp_path / "checkpoint.pb")
 
 
+def test_files_of_version_1_still_load(pb, hdf5):
+    """Their configuration lacks what version 2 added, which then has its default."""
+    expected = load(pb)
+    rewrite(pb, lambda m: (setattr(m.model_conf, "format_version", 1),
+                           [m.extension.config.ClearField(name) for name in ("stacks", "type_vocab_size", "pooler")]))
+    with h5py.File(hdf5, "r+") as file:
+        file["lightseq_fairseq"].attrs["format_version"] = 1
+        for name in ("stacks", "type_vocab_size", "pooler"):
+            del file["lightseq_fairseq/config"].attrs[name]
+    for path in (pb, hdf5):
+        assert load(path).config == expected.config
+        assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in load(path).tensors.items())
+
+
 def test_a_newer_version_says_so(pb, hdf5):
-    with pytest.raises(ModelFileError, match="expected format version 1 or older, got 2; install a newer"):
-        load(rewrite(pb, lambda m: setattr(m.model_conf, "format_version", 2)))
+    with pytest.raises(ModelFileError, match="expected format version 2 or older, got 3; install a newer"):
+        load(rewrite(pb, lambda m: setattr(m.model_conf, "format_version", 3)))
     with h5py.File(hdf5, "r+") as file:
         file["lightseq_fairseq"].attrs["format_version"] = 7
-    with pytest.raises(ModelFileError, match="expected format version 1 or older, got 7"):
+    with pytest.raises(ModelFileError, match="expected format version 2 or older, got 7"):
         load(hdf5)
 
 
@@ -174,7 +188,7 @@ def configure(file: h5py.File, key: str, value) -> None:
     (lambda f: f[NAME].attrs.__setitem__("dtype", np.bytes_("bfloat16")), "must be of type float32"),
     (lambda f: f.__delitem__("lightseq_fairseq/config"), "got one that HDF5 cannot read"),
     (lambda f: f.__delitem__("lightseq_fairseq"), "expected the weights of a LightSeq encoder-decoder Transformer"),
-    (lambda f: f["lightseq_fairseq"].attrs.__setitem__("format_version", np.bytes_("1")), "format version 1 or older"),
+    (lambda f: f["lightseq_fairseq"].attrs.__setitem__("format_version", np.bytes_("1")), "format version 2 or older"),
 ], ids=lambda value: value[:50] if isinstance(value, str) else "")
 def test_hdf5_that_this_package_never_writes(hdf5, change, message):
     with h5py.File(hdf5, "r+") as file:

@@ -68,7 +68,7 @@ def test_a_model_without_a_place_in_lightseqs_fields_leaves_them_empty(tmp_path)
     save(random_model(CONFIGS["untied"]), tmp_path / "model.pb")
     message = AsBytes.FromString((tmp_path / "model.pb").read_bytes())
     assert [field.name for field, _ in message.ListFields()] == ["model_conf", "extension"]
-    assert json_format.MessageToDict(message.model_conf) == {"formatVersion": 1}
+    assert json_format.MessageToDict(message.model_conf) == {"formatVersion": 2}
 
 
 def test_decoding_options_for_lightseqs_engine(tmp_path):
