@@ -12,6 +12,8 @@ from torch import Tensor
 from lightseq_fairseq.ops.adam import adam_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_ENDLESS = 1 << 40
+"""A step so late that beta^step is 0 and nothing is corrected."""
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -55,8 +57,8 @@ class FusedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            together = defaultdict(list)
+        for index, group in enumerate(self.param_groups):
+            together, group_scale = defaultdict(list), self.group_scale(index, scale)
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -72,8 +74,13 @@ class FusedAdam(torch.optim.Optimizer):
             beta1, beta2 = group["betas"]
             for (_, step), tensors in together.items():
                 adam_(*zip(*tensors, strict=True), lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                      weight_decay=group["weight_decay"], step=step, scale=scale)
+                      weight_decay=group["weight_decay"], scale=group_scale,
+                      step=step if group.get("bias_correction", True) else _ENDLESS)
         return loss
+
+    def group_scale(self, index: int, scale: float | Tensor) -> float | Tensor:
+        """What the gradients of group ``index`` are divided by; ``scale``, unless a subclass clips."""
+        return scale
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of this class, of fairseq's Adam or of apex's, keeping moments in fp32."""
