@@ -50,10 +50,14 @@ def export_ls_embedding(file: Any, state_dict: Mapping[str, Tensor], max_length:
                         save_pb: bool = True) -> None:
     """Write the token embedding times sqrt(emb_dim), the target's transposed, and ``max_length`` positions.
 
-    The tensor is the one with ``embed_tokens`` in its name: fairseq's (V, emb_dim), or LightSeq's own, flat with one
-    clipping limit behind it. Positions are sinusoids, or ``embed_positions.weight`` where fairseq's names have it.
+    The tensor is the one with ``embed_tokens`` in its name: fairseq's (V, emb_dim), an ``LSTransformerEmbeddingLayer``'s
+    ``embeddings``, or LightSeq's own, flat with one clipping limit behind it. Positions are sinusoids, or the learned
+    ``embed_positions.weight`` of fairseq, ``pos_embeddings`` of an ``LSTransformerEmbeddingLayer``.
     """
     side, prefix = ("encoder", "src_embedding") if is_encoder else ("decoder", "trg_embedding")
+    unwritten = [name for name in state_dict if "embed_tokens.layer_norm" in name]
+    if unwritten:
+        raise ExportError(f"{unwritten[0]}: LightSeq's pre-LN models have no norm behind the embedding")
     name = _only(state_dict, "embed_tokens", side)
     table, of_fairseq = state_dict[name].detach().float(), name.endswith(".weight")
     shape = tuple(table.shape)
@@ -61,11 +65,11 @@ def export_ls_embedding(file: Any, state_dict: Mapping[str, Tensor], max_length:
     if table.numel() % emb_dim or (table.dim() > 1 and table.size(-1) != emb_dim):
         raise ExportError(f"{name}: expected rows of emb_dim={emb_dim} values, got shape {shape}")
     table = table.reshape(-1, emb_dim) * emb_dim**0.5
-    if of_fairseq and any(other.endswith("embed_positions.weight") for other in state_dict):
-        positions = state_dict[_only(state_dict, "embed_positions", side)].detach()
-        positions = positions[FIRST_POSITION:FIRST_POSITION + max_length]
+    first, learned = (FIRST_POSITION, "embed_positions") if of_fairseq else (0, "pos_embeddings")
+    if any(other.removesuffix(".weight").endswith(f".{learned}") for other in state_dict):
+        positions = state_dict[_only(state_dict, learned, side)].detach()[first:first + max_length]
     else:
-        positions = sinusoids(FIRST_POSITION if of_fairseq else 0, max_length, emb_dim)
+        positions = sinusoids(first, max_length, emb_dim)
     _backend(save_pb).put(file, f"{prefix}/token_embedding", table if is_encoder else table.t())
     _backend(save_pb).put(file, f"{prefix}/position_embedding", positions)
 
@@ -115,6 +119,7 @@ def _backend(save_pb: bool) -> Any:
 def _only(state_dict: Mapping[str, Tensor], part: str, side: str) -> str:
     """The one name with ``part`` among its dotted parts; that of ``side`` where encoder and decoder both have one."""
     names = [name for name in state_dict if part in name.split(".")]
+    names = [name for name in names if part == "pos_embeddings" or not name.endswith(".pos_embeddings")]
     names = names if len(names) == 1 else [name for name in names if side in name.split(".")]
     if len(names) != 1:
         raise ExportError(f"expected one tensor of the {side} with {part} in its name, got {names or 'none'}")
