@@ -1,8 +1,9 @@
-// One step of beam search on the device (lightseq_fairseq/ops/beam_step.py has the rules and the shapes).
+// One step of a search on the device (lightseq_fairseq/ops/beam_step.py has the rules and the shapes).
 //
 // statistics_of_tiles goes over the logits once. step_of_sentence, a block a sentence, needs of them only the tiles
 // that can hold one of the 2K best: those of the 2K largest maxima, beams compared with one another. Both selections
-// are made by warps over 32-bit keys in the order of the scores, equal keys in the order of beams and types.
+// are made by warps over 32-bit keys in the order of the scores, equal keys in the order of beams and types. Siblings
+// select so for each beam, groups for each group.
 #pragma once
 
 #include <algorithm>
@@ -27,16 +28,29 @@ struct Types {
   }
 };
 
-// (3,) as GenerationOptions has them.
+// Where the candidates of a step come from.
+enum class Search { kBest, kSiblings, kGroups, kDrawn };
+
+// Of one sentence, as GenerationOptions has them; a row of (B, 9).
 struct Settings {
-  float temperature, unkpen, min_len;
+  float temperature, unkpen, min_len, beam, diversity_rate, diverse_beam_strength, top_k, top_p, ngram;
 };
 
+// Token and log-probability of a beam.
+struct Drawn {
+  int token;
+  float score;
+};
+
+// Those of other searches are null.
 struct State {
   int *steps, *complete;
   float* scores;
+  int *idle, *overlap;
   unsigned char* ancestors;
   int* record;
+  const Drawn* drawn;
+  int groups;
 };
 
 // What is fed next: x (R, width) = scale * tokens[token] + positions[first + step]; positions may be null.
@@ -161,10 +175,10 @@ __device__ __forceinline__ void select(Choice* chosen, Selection& selection, con
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels
 
-// Eight lanes a tile; grid (tiles / (kTileThreads / 8), R). statistics (R, tiles), logits (R, columns).
+// Eight lanes a tile; grid (tiles / (kTileThreads / 8), R). statistics (R, tiles), logits (R, columns), settings (B,).
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
-    statistics_of_tiles(float2* statistics, const T* logits, const Settings* settings, const Types types) {
+    statistics_of_tiles(float2* statistics, const T* logits, const Settings* settings, int beam, const Types types) {
   const int lane = threadIdx.x % kTileLanes, tiles = types.columns / kTile, row = blockIdx.y;
   const int tile =
       min(static_cast<int>(blockIdx.x * (kTileThreads / kTileLanes) + threadIdx.x / kTileLanes), tiles - 1);
@@ -172,7 +186,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const bool plain = tile > types.last_special / kTile && (tile + 1) * kTile <= types.count;  // the same for all lanes
   launch_next();
   wait_for_previous();
-  const float temperature = settings->temperature;
+  const float temperature = settings[row / beam].temperature;
   float x[kOctet], top = -INFINITY, sum = 0.f;
   load<kOctet>(logits + static_cast<long>(row) * types.columns + first, x);
 #pragma unroll
@@ -225,14 +239,15 @@ struct LogSum {
   }
 };
 
-// A block a sentence: grid (B,). logits (R, columns), statistics (R, tiles), limits (B,), forced (B, steps), state as
-// in ops/beam_step.py. Dynamic shared memory: a key for each tile of each beam, or for each element of the chosen
-// tiles.
-template <typename T>
+// A block a sentence: grid (B,). logits (R, columns), statistics (R, tiles), settings, limits (B,), forced (B, steps),
+// state as in ops/beam_step.py. Dynamic shared memory: a key for each tile of each beam; for each element of the chosen
+// tiles, in the place of the former where one selection is all.
+template <typename T, Search SEARCH>
 __global__ void __launch_bounds__(kThreads)
     step_of_sentence(const State state, const T* logits, const float2* statistics, const Settings* settings,
-                     const int* limits, const int* forced, int beam, int steps, const Types types,
+                     const int* limits, const int* forced, int beams, int steps, const Types types,
                      const Embedding<T> embedding) {
+  constexpr bool kTwice = SEARCH == Search::kBest || SEARCH == Search::kSiblings;  // candidates are twice the beams
   extern __shared__ unsigned keys[];
   __shared__ Selection selection;
   __shared__ Choice tile_choice[kMaxCandidates], choice[kMaxCandidates];
@@ -240,96 +255,205 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float log_sum[kMaxBeam], score[kMaxBeam];
   __shared__ int parent[kMaxBeam], token[kMaxBeam], going_on;
   const int sentence = blockIdx.x, batch = gridDim.x, tiles = types.columns / kTile;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, wanted = 2 * beam;
-  const long first_row = static_cast<long>(sentence) * beam;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const long first_row = static_cast<long>(sentence) * beams;
   logits += first_row * types.columns;
   statistics += first_row * tiles;
+  settings += sentence;
   launch_next();
   wait_for_previous();
   const int step = state.steps[sentence], old_complete = state.complete[sentence], limit = limits[sentence];
   const float temperature = settings->temperature, unkpen = settings->unkpen;
-  const int must = forced[sentence * steps + step];
-  if (old_complete >= beam) return;
+  const int must = forced[sentence * steps + step], beam = static_cast<int>(settings->beam);
+  if (old_complete >= beams) return;
   const int rows = step == 0 ? 1 : beam;  // all beams are still one
-  const auto score_of = [&](float x, int k, int type) {
-    return x - log_sum[k] - (type == types.unk ? unkpen : 0.f) + score[k];
-  };
-  const auto logit = [&](int k, int type) {
-    return tempered(to_float(logits[static_cast<long>(k) * types.columns + type]), temperature);
-  };
+  const int candidates = kTwice ? 2 * beam : beam;
 
-  {  // warps w, w + rows, ... have a row
-    const int k = warp % rows, sharing = (kWarps - k + rows - 1) / rows;
-    LogSum mine;
-#pragma unroll 2
-    for (int t = warp / rows * kWarp + lane; t < tiles; t += sharing * kWarp) {
-      const float2 tile = statistics[k * tiles + t];
-      keys[k * tiles + t] = __float_as_uint(tile.y);
-      mine.add(tile.x);
-    }
-    mine.merge_warp();
-    if (lane == 0) partial[warp] = mine;
-    if (threadIdx.x < rows) score[threadIdx.x] = state.scores[first_row + threadIdx.x];
-  }
-  __syncthreads();
-  if (warp < rows) {
-    LogSum all;
-    if (warp + lane * rows < kWarps) all = partial[warp + lane * rows];
-    all.merge_warp();
-    if (lane == 0) log_sum[warp] = all.max + logf(all.sum);
-  }
-  __syncthreads();
-
-  if (must == types.pad) {
-    for (int i = threadIdx.x; i < rows * tiles; i += kThreads) {
-      keys[i] = key_of(score_of(__uint_as_float(keys[i]), i / tiles, types.pad));
-    }
-    __syncthreads();
-    select(tile_choice, selection, keys, rows * tiles, wanted, [](int i) { return static_cast<unsigned>(i); });
-    const bool may_end = step >= settings->min_len;
-    const auto id = [&](int i) {
-      const int special = i - wanted * kTile;
-      return special < 0 ? tile_choice[i / kTile].id * kTile + i % kTile
-                         : static_cast<unsigned>(special / 2 * types.columns + (special % 2 ? types.unk : types.eos));
+  if constexpr (SEARCH != Search::kDrawn) {
+    unsigned* const elements = SEARCH == Search::kBest ? keys : keys + beams * tiles;
+    const int groups = SEARCH == Search::kGroups ? state.groups : 1;
+    const auto score_of = [&](float x, int k, int type) {
+      return x - log_sum[k] - (type == types.unk ? unkpen : 0.f) + score[k];
     };
-    const int count = wanted * kTile + 2 * rows;
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const bool special = i >= wanted * kTile;
-      unsigned key = 0;
-      if (special || tile_choice[i / kTile].key != 0) {
-        const unsigned at = id(i);
-        const int k = at / types.columns, type = at % types.columns;
-        if (special ? type != types.eos || may_end : types.ordinary(type)) {
-          key = key_of(score_of(logit(k, type), k, type));
-        }
+    const auto logit = [&](int k, int type) {
+      return tempered(to_float(logits[static_cast<long>(k) * types.columns + type]), temperature);
+    };
+    // The keys of a group's beams lie together.
+    const auto keys_of = [&](int k) {
+      return keys + (groups == 1 ? k : k % groups * (beam / groups) + k / groups) * tiles;
+    };
+
+    {  // warps w, w + rows, ... have a row
+      const int k = warp % rows, sharing = (kWarps - k + rows - 1) / rows;
+      unsigned* const own = keys_of(k);
+      LogSum mine;
+#pragma unroll 2
+      for (int t = warp / rows * kWarp + lane; t < tiles; t += sharing * kWarp) {
+        const float2 tile = statistics[k * tiles + t];
+        own[t] = __float_as_uint(tile.y);
+        mine.add(tile.x);
       }
-      keys[i] = key;
+      mine.merge_warp();
+      if (lane == 0) partial[warp] = mine;
+      if (threadIdx.x < rows) score[threadIdx.x] = state.scores[first_row + threadIdx.x];
     }
     __syncthreads();
-    select(choice, selection, keys, count, wanted, id);
-  } else {  // one way on for each beam
-    if (threadIdx.x < rows) keys[threadIdx.x] = key_of(score_of(logit(threadIdx.x, must), threadIdx.x, must));
+    if (warp < rows) {
+      LogSum all;
+      if (warp + lane * rows < kWarps) all = partial[warp + lane * rows];
+      all.merge_warp();
+      if (lane == 0) log_sum[warp] = all.max + logf(all.sum);
+    }
     __syncthreads();
-    select(choice, selection, keys, rows, wanted,
-           [&](int i) { return static_cast<unsigned>(i * types.columns + must); });
+    if (must == types.pad) {
+      for (int i = threadIdx.x; i < rows * tiles; i += kThreads) {
+        const int at = i / tiles, each = beam / groups, k = groups == 1 ? at : at % each * groups + at / each;
+        keys[i] = key_of(score_of(__uint_as_float(keys[i]), k, types.pad));
+      }
+      __syncthreads();
+    }
+
+    // The `wanted` best, to `chosen`, of beams first, first + groups, ..., `count` in all, whose tokens lose what
+    // `lost` says; keys of the tiles heed that already.
+    const auto best = [&](Choice* chosen, int wanted, int first, int count, const auto& lost) {
+      const auto beam_of = [&](int i) { return first + i * groups; };
+      if (must != types.pad) {  // one way on for each beam
+        if (threadIdx.x < count) {
+          const int k = beam_of(threadIdx.x);
+          elements[threadIdx.x] = key_of(score_of(logit(k, must), k, must) - lost(must));
+        }
+        __syncthreads();
+        select(chosen, selection, elements, count, wanted,
+               [&](int i) { return static_cast<unsigned>(beam_of(i) * types.columns + must); });
+        return;
+      }
+      select(tile_choice, selection, keys_of(first), count * tiles, wanted, [&](int i) {
+        return static_cast<unsigned>(groups == 1 ? first * tiles + i : beam_of(i / tiles) * tiles + i % tiles);
+      });
+      const bool may_end = step >= settings->min_len;
+      const auto id = [&](int i) {
+        const int special = i - wanted * kTile;
+        return special < 0 ? tile_choice[i / kTile].id * kTile + i % kTile
+                           : static_cast<unsigned>(beam_of(special / 2) * types.columns +
+                                                   (special % 2 ? types.unk : types.eos));
+      };
+      const int items = wanted * kTile + 2 * count;
+      for (int i = threadIdx.x; i < items; i += kThreads) {
+        const bool special = i >= wanted * kTile;
+        unsigned key = 0;
+        if (special || tile_choice[i / kTile].key != 0) {
+          const unsigned at = id(i);
+          const int k = at / types.columns, type = at % types.columns;
+          if (special ? type != types.eos || may_end : types.ordinary(type)) {
+            key = key_of(score_of(logit(k, type), k, type) - lost(type));
+          }
+        }
+        elements[i] = key;
+      }
+      __syncthreads();
+      select(chosen, selection, elements, items, wanted, id);
+    };
+    const auto nothing = [](int) { return 0.f; };
+
+    if constexpr (SEARCH == Search::kBest) {
+      best(choice, candidates, 0, rows, nothing);
+    } else if constexpr (SEARCH == Search::kSiblings) {
+      __shared__ Choice sibling[kMaxBeam * kMaxCandidates];
+      const float rate = settings->diversity_rate;
+      if (step == 0) {
+        best(choice, candidates, 0, 1, nothing);
+      } else {
+        for (int k = 0; k < beam; ++k) {
+          best(choice, candidates, k, 1, nothing);
+          if (threadIdx.x < candidates) {
+            Choice mine = choice[threadIdx.x];
+            if (mine.key) mine.key = key_of(value_of(mine.key) - rate * (threadIdx.x + 1));
+            sibling[k * candidates + threadIdx.x] = mine;
+          }
+          __syncthreads();
+        }
+        for (int i = threadIdx.x; i < beam * candidates; i += kThreads) elements[i] = sibling[i].key;
+        __syncthreads();
+        select(choice, selection, elements, beam * candidates, candidates, [&](int i) { return sibling[i].id; });
+      }
+    } else {
+      __shared__ Choice mine[kMaxBeam];
+      __shared__ int used[kMaxBeam];       // at place c * groups + g, pad for none
+      __shared__ float weight[kMaxBeam];  // of earlier groups' uses for the present one
+      const int each = beam / groups, count = step == 0 ? 1 : each;
+      const float strength = settings->diverse_beam_strength;
+      int* const overlap = state.overlap + sentence * groups * groups;
+      for (int group = 0; group < groups; ++group) {
+        const int first = step == 0 ? 0 : group;
+        const auto lost = [&](int type) {
+          float sum = 0.f;
+          for (int place = 0; place < beam; ++place) {
+            if (place % groups < group && used[place] == type) sum += weight[place % groups];
+          }
+          return strength * sum;
+        };
+        if (threadIdx.x < group) weight[threadIdx.x] = 1.f + overlap[group * groups + threadIdx.x];
+        __syncthreads();
+        if (must == types.pad) {  // the tiles that have lost something; several of these may be one
+          for (int i = warp; i < count * beam; i += kWarps) {
+            const int place = i / count, k = first + i % count * groups;
+            if (place % groups >= group || used[place] == types.pad) continue;
+            const int tile = used[place] / kTile;
+            float top = -INFINITY;
+            for (int type = tile * kTile + lane; type < (tile + 1) * kTile; type += kWarp) {
+              if (types.ordinary(type)) top = fmaxf(top, score_of(logit(k, type), k, type) - lost(type));
+            }
+            top = warp_reduce(top, Max{});
+            if (lane == 0) keys_of(k)[tile] = key_of(top);
+          }
+          __syncthreads();
+        }
+        best(mine, each, first, count, lost);
+        if (threadIdx.x < each) {
+          const Choice found = mine[threadIdx.x];
+          const int place = threadIdx.x * groups + group;
+          choice[place] = found;
+          used[place] = value_of(found.key) == -INFINITY ? types.pad : static_cast<int>(found.id % types.columns);
+        }
+        __syncthreads();
+      }
+      for (int i = threadIdx.x; i < groups * groups; i += kThreads) {
+        int shared = 0;
+        for (int c = 0; c < each; ++c) shared += used[c * groups + i / groups] == used[c * groups + i % groups];
+        overlap[i] += shared;
+      }
+    }
   }
 
   if (warp == 0) {  // lane c has candidate c
-    const bool inside = lane < wanted;
-    const int source = must == types.eos && step < limit ? 0 : lane;  // the prefix itself ends here
-    const Choice mine = choice[inside ? source : 0];
-    const float total = value_of(mine.key);
-    const int type = mine.key ? static_cast<int>(mine.id % types.columns) : must == types.pad ? types.eos : must;
-    const int from = mine.key ? static_cast<int>(mine.id / types.columns) : 0;
-    const bool stops = type == types.eos && total != -INFINITY;
+    const bool inside = lane < candidates;
+    const int source = must == types.eos && step < limit || !inside ? 0 : lane;  // the prefix itself ends here
+    int type, from;
+    float total;
+    if constexpr (SEARCH == Search::kDrawn) {
+      const Drawn mine = state.drawn[first_row + source];
+      total = mine.score + state.scores[first_row + source];
+      type = mine.token;
+      from = step == 0 ? 0 : source;
+    } else {
+      const Choice mine = choice[source];
+      total = value_of(mine.key);
+      type = mine.key ? static_cast<int>(mine.id % types.columns) : must == types.pad ? types.eos : must;
+      from = mine.key ? static_cast<int>(mine.id / types.columns) : 0;
+    }
+    const bool was_idle = !kTwice && state.idle[sentence] >> lane & 1;
+    const bool says_eos = type == types.eos && total != -INFINITY, stops = says_eos || was_idle;
+    const unsigned ended = __ballot_sync(0xffffffffu, inside && says_eos && !was_idle);
     const unsigned stopping = __ballot_sync(0xffffffffu, inside && stops);
     const unsigned going = __ballot_sync(0xffffffffu, inside && !stops), before = (1u << lane) - 1;
     const int place = stops ? __popc(going) + __popc(stopping & before) : __popc(going & before);
-    int* const record = state.record + (static_cast<long>(step) * batch * beam + first_row) * 6;
+    int* const record = state.record + (static_cast<long>(step) * batch * beams + first_row) * 6;
     if (lane < beam) {
-      record[lane * 6] = stops;
+      record[lane * 6] = ended >> lane & 1;
       record[lane * 6 + 1] = __float_as_int(total);
       record[lane * 6 + 2] = from;
+    } else if (lane < beams) {
+      record[lane * 6] = 0;
     }
     if (inside && place < beam) {
       record[place * 6 + 3] = token[place] = type;
@@ -337,11 +461,13 @@ __global__ void __launch_bounds__(kThreads)
       record[place * 6 + 5] = __float_as_int(total);
       state.scores[first_row + place] = total;
     }
-    const int complete = step >= limit ? beam : old_complete + __popc(stopping & ((1u << beam) - 1));
+    const int found = old_complete + __popc(ended & ((1u << beam) - 1));
+    const int complete = step >= limit || found >= beam ? beams : found;
     if (lane == 0) {
       state.complete[sentence] = complete;
-      going_on = complete < beam;
-      if (complete < beam) state.steps[sentence] = step + 1;
+      going_on = complete < beams;
+      if (going_on) state.steps[sentence] = step + 1;
+      if (!kTwice) state.idle[sentence] = ((1u << beam) - 1) & ~((1u << __popc(going)) - 1);
     }
   }
   __syncthreads();
@@ -363,24 +489,34 @@ __global__ void __launch_bounds__(kThreads)
 // kernel launchers
 
 template <typename T>
-void token_statistics(float2* statistics, const T* logits, const Settings* settings, int rows, const Types& types,
-                      cudaStream_t stream) {
+void token_statistics(float2* statistics, const T* logits, const Settings* settings, int rows, int beam,
+                      const Types& types, cudaStream_t stream) {
   const int tiles = types.columns / kTile;
   const dim3 grid(ceil_div(tiles, kTileThreads / kTileLanes), rows);
   launch_early("beam_step::statistics_of_tiles", statistics_of_tiles<T>, grid, kTileThreads, stream, statistics, logits,
-               settings, types);
+               settings, beam, types);
 }
 
 // `steps` is the width of `forced` and of the ancestors.
 template <typename T>
-void step(const State& state, const T* logits, const float2* statistics, const Settings* settings, const int* limits,
-          const int* forced, int batch, int beam, int steps, const Types& types, const Embedding<T>& embedding,
-          cudaStream_t stream) {
-  const int tiles = types.columns / kTile;
-  const int items = std::max({beam * tiles, 2 * beam * (kTile + 1), ceil_div(beam * steps, sizeof(unsigned))});
-  launch_early("beam_step::step_of_sentence", step_of_sentence<T>, batch, kThreads,
-               items * static_cast<int>(sizeof(unsigned)), stream, state, logits, statistics, settings, limits, forced,
-               beam, steps, types, embedding);
+void step(Search search, const State& state, const T* logits, const float2* statistics, const Settings* settings,
+          const int* limits, const int* forced, int batch, int beam, int steps, const Types& types,
+          const Embedding<T>& embedding, cudaStream_t stream) {
+  const int tiles = search == Search::kDrawn ? 0 : beam * (types.columns / kTile);
+  const int elements = 2 * beam * (kTile + 1), history = ceil_div(beam * steps, sizeof(unsigned));
+  const auto launch = [&](auto constant) {
+    constexpr Search SEARCH = decltype(constant)::value;
+    const int items = SEARCH == Search::kBest ? std::max(tiles, elements) : tiles + elements;
+    launch_early("beam_step::step_of_sentence", step_of_sentence<T, SEARCH>, batch, kThreads,
+                 std::max(items, history) * static_cast<int>(sizeof(unsigned)), stream, state, logits, statistics,
+                 settings, limits, forced, beam, steps, types, embedding);
+  };
+  switch (search) {
+    case Search::kBest: return launch(std::integral_constant<Search, Search::kBest>{});
+    case Search::kSiblings: return launch(std::integral_constant<Search, Search::kSiblings>{});
+    case Search::kGroups: return launch(std::integral_constant<Search, Search::kGroups>{});
+    case Search::kDrawn: return launch(std::integral_constant<Search, Search::kDrawn>{});
+  }
 }
 
 }  // namespace beam_step

@@ -178,10 +178,11 @@ __global__ void __launch_bounds__(1024)
 }
 
 // A block of WARPS warps for BEAMS beams of a (head, sentence): grid (H, B, beams / BEAMS). q, context (R, H, D),
-// keys_values (N, 2, H, D), cu_seqlens (B + 1,).
+// keys_values (N, 2, H, D); a sentence's first token and its end are bounds[b * apart] and the one behind.
 template <typename T, int LANES, int WARPS, int BEAMS>
 __global__ void __launch_bounds__(WARPS* kWarp)
-    cross_attention(T* context, const T* q_rows, const T* keys_values, const int* cu_seqlens, int beam, int dim) {
+    cross_attention(T* context, const T* q_rows, const T* keys_values, const int* bounds, int apart, int beam,
+                    int dim) {
   constexpr int kGroups = kWarp / LANES, kStride = WARPS * kGroups, kUnroll = kCrossUnroll;
   __shared__ Piece pieces[WARPS][BEAMS][LANES];
   const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y, first_beam = blockIdx.z * BEAMS;
@@ -191,7 +192,8 @@ __global__ void __launch_bounds__(WARPS* kWarp)
   const long rows = static_cast<long>(sentence) * beam + first_beam;
 
   launch_next();
-  const int begin = cu_seqlens[sentence], length = cu_seqlens[sentence + 1] - begin;  // the source is there all along
+  bounds += sentence * apart;  // the source is there all along
+  const int begin = bounds[0], length = bounds[1] - begin;
   const long width = static_cast<long>(heads) * dim;
   const T* const keys = keys_values + begin * 2 * width + head * dim + (real ? column : 0);
   Packed<T, kOctet> key[kUnroll] = {}, value[kUnroll] = {};
@@ -281,7 +283,7 @@ void self_attention(T* context, T* cache, const T* qkv, const unsigned char* anc
 
 // Small batches share a head among more warps.
 template <typename T>
-void cross_attention(T* context, const T* q, const T* keys_values, const int* cu_seqlens, int batch, int beam,
+void cross_attention(T* context, const T* q, const T* keys_values, const int* bounds, int apart, int batch, int beam,
                      int heads, int dim, cudaStream_t stream) {
   dispatch_lanes(dim, [&](auto lanes) {
     constexpr int LANES = decltype(lanes)::value;
@@ -289,7 +291,7 @@ void cross_attention(T* context, const T* q, const T* keys_values, const int* cu
       constexpr int BEAMS = decltype(beams)::value, WARPS = decltype(warps)::value;
       launch_early("decode_attention::cross_attention", cross_attention<T, LANES, WARPS, BEAMS>,
                    dim3(heads, batch, ceil_div(beam, BEAMS)), WARPS * kWarp, stream, context, q, keys_values,
-                   cu_seqlens, beam, dim);
+                   bounds, apart, beam, dim);
     };
     const auto launch_beams = [&](auto warps) {
       if (beam == 1) return launch(warps, std::integral_constant<int, 1>{});

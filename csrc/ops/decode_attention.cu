@@ -21,16 +21,17 @@ Tensor self_attention(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps) 
   return context;
 }
 
-// q (R, H * D), keys_values (N, 2, H, D), cu_seqlens (B + 1,) -> context (R, H * D)
+// q (R, H * D), keys_values (N, 2, H, D), cu_seqlens (B + 1,) or (B, 2) -> context (R, H * D)
 Tensor cross_attention(Tensor q, Tensor keys_values, Tensor cu_seqlens, int64_t beam) {
   LIGHTSEQ_EXPECT(q.is_contiguous() && keys_values.is_contiguous() && cu_seqlens.is_contiguous());
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   Tensor context = torch::stable::empty_like(q);
   dispatch("decode_cross_attention", q, [&](auto type) {
     using T = decltype(type);
+    const bool apart = cu_seqlens.dim() == 2;
     decode_attention::cross_attention<T>(data<T>(context), data<T>(q), data<T>(keys_values), data<int>(cu_seqlens),
-                                         cu_seqlens.numel() - 1, beam, keys_values.size(2), keys_values.size(3),
-                                         current_stream(q));
+                                         apart ? 2 : 1, apart ? cu_seqlens.size(0) : cu_seqlens.numel() - 1, beam,
+                                         keys_values.size(2), keys_values.size(3), current_stream(q));
   });
   return context;
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.layers import Packing, decode_step
 from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
-from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, TILE, beam_step_, token_statistics
+from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, SETTINGS, TILE, Settings, beam_step_, token_statistics
 
 _STEPS_AHEAD = 2
 """Steps under way while the host waits for the flag of an earlier one; the device never waits for the host. A graph of
@@ -54,6 +54,11 @@ class _Shape(NamedTuple):
 
 def _power_of_two(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
+
+
+def settings_of(options: GenerationOptions, beam: int) -> Settings:
+    """Of a sentence of ``beam`` beams."""
+    return Settings(**{name: getattr(options, name) for name in Settings._fields})._replace(beam=beam)
 
 
 class DeviceSearch:
@@ -126,10 +131,12 @@ class _Plan:
         batch, beam, steps, source_tokens, width = shape
         device = step.device
         narrow = _Table(torch.int32, device, limits=(batch,), steps=(batch,), complete=(batch,),
-                        cu_seqlens=(batch + 1,), settings=(3,), scores=(batch, beam), forced=(batch, steps))
+                        idle=(batch,), cu_seqlens=(batch + 1,), settings=(batch, SETTINGS), scores=(batch, beam),
+                        forced=(batch, steps))
         wide = _Table(torch.int64, device, tokens=(source_tokens,), positions=(source_tokens,))
         self.tables = (narrow, wide)
-        self.limits, self.taken, self.complete = (narrow[name] for name in ("limits", "steps", "complete"))
+        self.limits, self.taken, self.complete, self.idle = (
+            narrow[name] for name in ("limits", "steps", "complete", "idle"))
         self.settings, self.scores = (narrow[name].view(torch.float32) for name in ("settings", "scores"))
         self.forced, self.source = narrow["forced"], wide["tokens"]
         self.packing = Packing(None, narrow["cu_seqlens"], wide["positions"], batch, width)
@@ -178,7 +185,7 @@ class _Plan:
         narrow["complete"][:count], narrow["complete"][count:] = 0, self.shape.beam
         narrow["cu_seqlens"][1:count + 1] = ends = np.cumsum(lengths)
         narrow["cu_seqlens"][count + 1:] = total = ends[-1]
-        narrow["settings"].view(np.float32)[:] = (options.temperature, options.unkpen, options.min_len)
+        narrow["settings"].view(np.float32)[:] = settings_of(options, self.shape.beam)
         narrow["scores"][:] = 0
         forced = narrow["forced"]
         forced[:] = config.pad
@@ -198,14 +205,14 @@ class _Plan:
     def _advance(self) -> None:
         """The next step."""
         config, step = self.step.config, self.step
-        types = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
+        types: dict[str, Any] = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
         logits = step(self.buffers)
         statistics = token_statistics(logits, self.settings, **types)
         beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.taken,
-                   complete=self.complete, scores=self.scores, ancestors=self.buffers.ancestors,
-                   record=self.record, x=self.buffers.x, embeddings=step.embeddings,
-                   positions=step.input_positions, scale=step.embed_scale, first_position=step.first_position,
-                   **types)
+                   complete=self.complete, scores=self.scores, idle=self.idle,
+                   ancestors=self.buffers.ancestors, record=self.record, x=self.buffers.x,
+                   embeddings=step.embeddings, positions=step.input_positions, scale=step.embed_scale,
+                   first_position=step.first_position, **types)
 
 
 def _captured(work: Callable[[], None]) -> Callable[[], None]:

@@ -16,8 +16,9 @@ decode_self_attention: keys and values are written once and never move; a table 
 decode_cross_attention: all beams of a sentence read the same keys and values.
 
     q            (R, H * D)
-    keys_values  (N, 2, H, D)       of packed source tokens; N may exceed their number
-    cu_seqlens   (B + 1,) int32     first source token of each sentence, and the end of the last
+    keys_values  (N, 2, H, D)       of source tokens, those of a sentence one after the other; N may exceed their number
+    cu_seqlens   (B + 1,) int32     first source token of each sentence, and the end of the last; or, where there is
+                                    room between sentences, (B, 2): first token and end of each
     context      (R, H * D)         0 for a sentence without tokens
 """
 
@@ -59,8 +60,8 @@ def _cross_attention(q: Tensor, keys_values: Tensor, cu_seqlens: Tensor, beam: i
     _, _, heads, dim = keys_values.shape
     wide = accumulate_dtype(q.dtype)
     context = torch.zeros_like(q)
-    bounds = cu_seqlens.tolist()
-    for b, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    bounds = cu_seqlens if cu_seqlens.dim() == 2 else cu_seqlens.unfold(0, 2, 1)
+    for b, (first, last) in enumerate(bounds.tolist()):
         if last > first:
             own = slice(b * beam, (b + 1) * beam)
             keys, values = keys_values[first:last].to(wide).unbind(1)  # (S, H, D) each
@@ -103,10 +104,13 @@ def decode_cross_attention(q: Tensor, keys_values: Tensor, cu_seqlens: Tensor, b
     Raises ValueError for shapes or dtypes that do not fit.
     """
     _, _, heads, dim = keys_values.shape
-    expected = ((cu_seqlens.numel() - 1) * beam, heads * dim)
+    apart = cu_seqlens.dim() == 2
+    expected = ((cu_seqlens.size(0) if apart else cu_seqlens.numel() - 1) * beam, heads * dim)
     check("decode_cross_attention", _head_dim(dim),
           (q.shape == expected, lambda: f"q must have shape {expected}, got {shape(q)}"),
           (q.dtype == keys_values.dtype, lambda: f"q must be {keys_values.dtype} as the keys are, got {q.dtype}"),
+          (not apart or (cu_seqlens.size(1) == 2 and cu_seqlens.is_contiguous()),
+           lambda: f"cu_seqlens must be (B + 1,) or (B, 2), contiguous, got {shape(cu_seqlens)}"),
           (cu_seqlens.dtype == torch.int32, lambda: f"cu_seqlens must be int32, got {cu_seqlens.dtype}"))
     if q.is_cuda:
         _extension.loaded()

@@ -9,7 +9,12 @@ from lightseq_fairseq.ops import beam_step as ops
 from tests import tolerances
 
 PAD, EOS, UNK = 1, 2, 3
-MUTATED = ("steps", "complete", "scores", "ancestors", "record", "x")
+MUTATED = ("steps", "complete", "scores", "idle", "ancestors", "record", "x")
+
+
+def settings(batch, beam, **options):
+    """One row for all."""
+    return torch.tensor([ops.Settings(**{"beam": beam, **options})] * batch)
 
 
 def state(batch, beam, steps, vocab, step, device, seed=0, width=16):
@@ -18,12 +23,12 @@ def state(batch, beam, steps, vocab, step, device, seed=0, width=16):
     columns = -(-vocab // ops.TILE) * ops.TILE
     made = dict(
         logits=torch.randn(batch * beam, columns, generator=draw) * 2,
-        settings=torch.tensor([1.0, 0.0, 1.0]),
+        settings=settings(batch, beam),
         limits=torch.full((batch,), steps - 1, dtype=torch.int32),
         forced=torch.full((batch, steps), PAD, dtype=torch.int32),
         steps=torch.full((batch,), step, dtype=torch.int32),
         complete=torch.zeros(batch, dtype=torch.int32),
-        scores=-torch.rand(batch, beam, generator=draw) * step,
+        scores=-torch.rand(batch, beam, generator=draw) * step, idle=torch.zeros(batch, dtype=torch.int32),
         x=torch.zeros(batch * beam, width), embeddings=torch.randn(vocab, width, generator=draw),
         positions=torch.randn(steps + 2, width, generator=draw),
         ancestors=torch.randint(beam, (batch, beam, steps), generator=draw, dtype=torch.uint8),
@@ -99,7 +104,7 @@ def test_equals_come_in_order_of_beams_and_types(device):
     vocab = 200
     given = state(1, 4, 5, vocab, 2, device)
     given["logits"], given["scores"] = torch.zeros(4, 256, device=device), torch.zeros(1, 4, device=device)
-    given["settings"][2] = 9.0  # no eos yet
+    given["settings"] = settings(1, 4, min_len=9.0).to(device)  # no eos yet
     _, _, _, tokens, parents, _ = run(given, vocab)[0].unbind(-1)
     assert tokens.tolist() == [0, 3, 4, 5] and parents.tolist() == [0, 0, 0, 0]
 
@@ -153,18 +158,47 @@ def test_against_the_reference(vocab, beam, step, dtype, device):
     compare(given, vocab)
 
 
-@pytest.mark.parametrize("settings", [(0.3, 0.0, 1.0), (2.5, 4.0, 20.0), (1.0, -6.0, 0.0)], ids=str)
-def test_settings(settings, device):
+@pytest.mark.parametrize("options", [dict(temperature=0.3), dict(temperature=2.5, unkpen=4.0, min_len=20),
+                                     dict(unkpen=-6.0, min_len=0)], ids=str)
+def test_settings(options, device):
     for seed in range(4):
         given = state(3, 4, 12, 300, 5, device, seed)
-        given["settings"] = torch.tensor(settings, device=device)
+        given["settings"] = settings(3, 4, **options).to(device)
         compare(given, 300)
+
+
+def test_settings_of_each_sentence(device):
+    """Fewer beams than there is room for: as if alone with so many; the rest is left alone."""
+    given = state(3, 4, 12, 300, 5, device)
+    given["settings"] = torch.cat([settings(1, 4, temperature=0.5), settings(1, 2, unkpen=-6.0), settings(1, 3)])
+    given["settings"] = given["settings"].to(device)
+    kept, alone = {name: tensor.clone() for name, tensor in given.items()}, state(3, 2, 12, 300, 5, device)
+    for name in ("logits", "x", "scores", "ancestors"):
+        alone[name] = kept[name].view(3, 4, *kept[name].shape[1 if name in ("logits", "x") else 2:])[:, :2]
+        alone[name] = alone[name].flatten(0, 1) if name in ("logits", "x") else alone[name]
+        alone[name] = alone[name].contiguous()
+    alone["embeddings"], alone["positions"] = kept["embeddings"], kept["positions"]
+    alone["settings"] = settings(3, 2, unkpen=-6.0).to(device)
+    record = run(given, 300)
+    assert torch.equal(record[1, :2], run(alone, 300)[1])
+    assert torch.equal(given["scores"][1, 2:], kept["scores"][1, 2:]) and record[1, 2:, 0].eq(0).all()
+    assert torch.equal(given["x"].view(3, 4, -1)[1, 2:], kept["x"].view(3, 4, -1)[1, 2:])
+    compare(kept, 300)
+
+
+def test_a_sentence_of_fewer_beams_is_finished_with_so_many_hypotheses(device):
+    given = state(2, 4, 12, 50, 5, device)
+    given["settings"], given["complete"] = settings(2, 2).to(device), torch.tensor([1, 1], dtype=torch.int32)
+    given["complete"] = given["complete"].to(device)
+    given["logits"][:, EOS] = torch.tensor([9.0, 9, 0, 0, -9, -9, 0, 0], device=device)
+    run(given, 50)
+    assert given["complete"].tolist() == [4, 1] and given["steps"].tolist() == [5, 6]
 
 
 def test_forced_tokens(device):
     for step in (0, 3):
         given = state(5, 3, 12, 90, step, device)
-        given["settings"] = torch.tensor([1.0, 2.0, 8.0], device=device)
+        given["settings"] = settings(5, 3, unkpen=2.0, min_len=8).to(device)
         given["forced"][:, step] = torch.tensor([EOS, 80, UNK, PAD, EOS], dtype=torch.int32)
         given["limits"][0] = step
         compare(given, 90)

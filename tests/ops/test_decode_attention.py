@@ -59,6 +59,10 @@ def test_cross_attention(beam, dim, dtype, device):
     q = (torch.randn(len(lengths) * beam, heads * dim, generator=draw) * 3 * dim**-0.5).to(device, dtype)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     context = decode_cross_attention(q, keys_values, cu_seqlens, beam)
+    apart = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), 1).flip(0).contiguous()  # in any order
+    backwards = q.view(-1, beam, heads * dim).flip(0).reshape(q.shape)
+    turned = decode_cross_attention(backwards, keys_values, apart, beam)
+    assert torch.equal(turned.view(-1, beam, heads * dim).flip(0).reshape(q.shape), context)
     for b, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         own = slice(b * beam, (b + 1) * beam)
         if first == last:
