@@ -1,11 +1,13 @@
 """``--criterion ls_label_smoothed_cross_entropy``: fairseq's label-smoothed loss over one fused operator.
 
 Options, values and log lines are those of ``label_smoothed_cross_entropy``; it serves every fairseq model. A model
-with ``supports_packed_output`` is asked for its logits at real tokens only, so that pads cost no projection.
+with ``supports_packed_output`` is asked for its logits at real tokens only, so that pads cost no projection. On CUDA
+forward and backward are replayed as graphs where they can be (graphed_criterion.py).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from lightseq_fairseq.fairseq_compat import recorded_as
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
+from lightseq_fairseq.plugin.graphed_criterion import GraphedCriterion
 
 
 @recorded_as(LabelSmoothedCrossEntropyCriterion)
@@ -29,6 +32,9 @@ class LSLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
     def forward(self, model: torch.nn.Module, sample: dict[str, Any],
                 reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         """Loss summed over tokens (one for each token unless ``reduce``), sample size, values to log."""
+        replayed = self._graphed(model, sample) if reduce and self._graphed is not None else None
+        if replayed is not None:
+            return self._result(sample, replayed.loss, replayed.nll_loss, replayed.n_correct, replayed.total)
         logits, targets = self.logits_and_targets(model, sample)
         n_correct = self.count_correct(logits, targets) if self.report_accuracy else None  # before they are overwritten
         if reduce:
@@ -38,12 +44,25 @@ class LSLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         else:
             loss, nll_loss = label_smoothed_nll_loss(torch.log_softmax(logits, -1, dtype=torch.float32), targets,
                                                      self.eps, ignore_index=self.padding_idx, reduce=False)
+        total = None if n_correct is None else (targets != self.padding_idx).sum()
+        return self._result(sample, loss, nll_loss, n_correct, total)
+
+    @functools.cached_property
+    def _graphed(self) -> GraphedCriterion | None:
+        """None for a criterion that gets its logits, or counts them, in a way of its own."""
+        ours, mine = LSLabelSmoothedCrossEntropyCriterion, type(self)
+        if any(getattr(mine, name) is not getattr(ours, name) for name in ("logits_and_targets", "count_correct")):
+            return None
+        return GraphedCriterion(self.eps, self.padding_idx, self.ignore_prefix_size, self.report_accuracy)
+
+    def _result(self, sample: dict[str, Any], loss: Tensor, nll_loss: Tensor, n_correct: Tensor | None,
+                total: Tensor | None) -> tuple[Tensor, int, dict[str, Any]]:
+        """What fairseq takes from a criterion."""
         sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
         logging_output = {"loss": loss.detach(), "nll_loss": nll_loss.detach(), "ntokens": sample["ntokens"],
                           "nsentences": sample["target"].size(0), "sample_size": sample_size}
-        if n_correct is not None:
-            logging_output["n_correct"] = n_correct
-            logging_output["total"] = (targets != self.padding_idx).sum()
+        if self.report_accuracy:
+            logging_output.update(n_correct=n_correct, total=total)
         return loss, sample_size, logging_output
 
     def count_correct(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -286,7 +286,7 @@ class LSTrainer(Trainer):
             if BalancedShards.suit(iterator):
                 iterator.ordered_batches = BalancedShards(iterator)
         elif first and self.obstacle is not None and self.device.type in self.whole_step_devices:
-            logger.info("steps run one kernel after another, because %s", self.obstacle)
+            logger.info("an update is not one graph, because %s", self.obstacle)
         return iterator
 
     def begin_epoch(self, epoch: int) -> None:
