@@ -26,7 +26,7 @@ class LSBARTModel(PackedTransformer, BARTModel):
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
         """nn.Module's; BERT's initialisation knows our modules as it does fairseq's, so that one seed gives one
         model."""
-        return super().apply(_initialise if fn is init_bert_params else fn)
+        return super().apply(initialise if fn is init_bert_params else fn)
 
     def forward(self, src_tokens: Tensor, src_lengths: Tensor | None, prev_output_tokens: Tensor,
                 features_only: bool = False, classification_head_name: str | None = None,
@@ -43,7 +43,8 @@ class LSBARTModel(PackedTransformer, BARTModel):
     known_forward = forward
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """BERT's initialisation of a module of fairseq's or ours, draw for draw."""
     init_bert_params(module)
     if isinstance(module, PositionalEmbedding) and module.learned:
         module.weight.data.normal_(std=0.02)

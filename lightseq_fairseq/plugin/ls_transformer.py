@@ -46,12 +46,12 @@ _REFUSED = {
 """Options of fairseq's transformer that change what is computed and that our layers do not compute."""
 
 
-def refuse_unsupported(args: Any) -> None:
+def refuse_unsupported(args: Any, ours: str = "ls_transformer", theirs: str = "transformer") -> None:
     """ValueError naming every option set in ``args`` (a namespace or config) that our layers would have to ignore."""
     asked = [name for name in _REFUSED if getattr(args, name, None)]
     if asked:
         wishes = "; ".join(f"--{name.replace('_', '-')} ({_REFUSED[name]})" for name in asked)
-        raise ValueError(f"ls_transformer does not support {wishes}; fairseq's own `transformer` does")
+        raise ValueError(f"{ours} does not support {wishes}; fairseq's own `{theirs}` does")
 
 
 def layer_config(cfg: Any, src_dict: Any, tgt_dict: Any) -> TransformerConfig:
