@@ -9,20 +9,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightseq_fairseq.generator.beam_search import check, check_found
-from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, Step, read
+from lightseq_fairseq.generator.device_state import (
+    DeviceState,
+    Snapshot,
+    Table,
+    captured,
+    columns_of,
+    forced_tokens,
+    settings_of,
+)
+from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.layers import Packing, decode_step
 from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
-from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, SETTINGS, TILE, Settings, beam_step_, token_statistics
+from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, TILE
 
 _STEPS_AHEAD = 2
 """Steps under way while the host waits for the flag of an earlier one; the device never waits for the host. A graph of
@@ -54,11 +63,6 @@ class _Shape(NamedTuple):
 
 def _power_of_two(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
-
-
-def settings_of(options: GenerationOptions, beam: int) -> Settings:
-    """Of a sentence of ``beam`` beams."""
-    return Settings(**{name: getattr(options, name) for name in Settings._fields})._replace(beam=beam)
 
 
 class DeviceSearch:
@@ -130,69 +134,58 @@ class _Plan:
         self.encoder, self.step, self.shape = encoder, step, shape
         batch, beam, steps, source_tokens, width = shape
         device = step.device
-        narrow = _Table(torch.int32, device, limits=(batch,), steps=(batch,), complete=(batch,),
-                        idle=(batch,), cu_seqlens=(batch + 1,), settings=(batch, SETTINGS), scores=(batch, beam),
-                        forced=(batch, steps))
-        wide = _Table(torch.int64, device, tokens=(source_tokens,), positions=(source_tokens,))
-        self.tables = (narrow, wide)
-        self.limits, self.taken, self.complete, self.idle = (
-            narrow[name] for name in ("limits", "steps", "complete", "idle"))
-        self.settings, self.scores = (narrow[name].view(torch.float32) for name in ("settings", "scores"))
-        self.forced, self.source = narrow["forced"], wide["tokens"]
-        self.packing = Packing(None, narrow["cu_seqlens"], wide["positions"], batch, width)
-        self.buffers = step.buffers(batch, beam, steps, source_tokens, narrow["cu_seqlens"], self.taken)
-        self.record = torch.zeros(steps, batch, beam, len(Step._fields), dtype=torch.int32, device=device)
+        narrow = Table(torch.int32, device, cu_seqlens=(batch + 1,), **DeviceState.shapes(batch, beam, steps))
+        wide = Table(torch.int64, device, tokens=(source_tokens,), positions=(source_tokens,))
+        self.tables, self.source = (narrow, wide), wide.tensors["tokens"]
+        self.packing = Packing(None, narrow.tensors["cu_seqlens"], wide.tensors["positions"], batch, width)
+        self.state = DeviceState.of(step, narrow.tensors, source_tokens, self.packing.cu_seqlens)
         on_gpu = device.type == "cuda"
-        self.host_record = torch.empty_like(self.record, device="cpu", pin_memory=on_gpu)
-        self.flags = [_Flag(self.complete, beam) for _ in range(_STEPS_AHEAD + 1)]
-        self.begin, self.advance = self._begin, self._advance
+        self.host_record = torch.empty_like(self.state.record, device="cpu", pin_memory=on_gpu)
+        self.snapshots = [Snapshot(self.state.complete) for _ in range(_STEPS_AHEAD + 1)]
+        self.begin, self.advance = self._begin, self.state.advance
         if on_gpu:  # tried first: finished sentences change nothing
             self._fill([torch.full((1,), step.config.eos)], GenerationOptions(), None, [0])
-            self.complete.fill_(beam)
-            self.begin, self.advance = _captured(self._begin), _captured(self._advance)
+            self.state.complete.fill_(beam)
+            self.begin, self.advance = captured(self._begin), captured(self.state.advance)
 
     def run(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
             max_lens: Sequence[int]) -> list[Array]:
         """The columns of hypotheses.Step, (T, B, K) each."""
         self._fill(src_tokens, options, prefix_tokens, max_lens)
         self.begin()
-        steps, flags = max(max_lens) + 1, self.flags
+        steps, snapshots = max(max_lens) + 1, self.snapshots
         sure = 0 if prefix_tokens is not None else options.min_len  # steps at which no sentence can end
         done = 0
         while done < steps:
             self.advance()
             done += 1
             if done > sure:
-                flags.append(flags.pop(0).set())
-                if not flags[0].live():
+                snapshots.append(snapshots.pop(0).take())
+                if not (snapshots[0].wait() < self.shape.beam).any():
                     break
-        self.host_record[:done].copy_(self.record[:done], non_blocking=True)
-        taken = int(self.taken.max()) + 1  # which waits for the record and the flags, too
-        for flag in flags:
-            flag.clear()
-        record = self.host_record[:taken, :len(src_tokens)].numpy()
-        ended, totals, beams, tokens, parents, scores = np.ascontiguousarray(np.moveaxis(record, -1, 0))
-        return [ended.astype(bool), totals.view(np.float32), beams, tokens, parents, scores.view(np.float32)]
+        self.host_record[:done].copy_(self.state.record[:done], non_blocking=True)
+        taken = int(self.state.buffers.steps.max()) + 1  # which waits for the record and the snapshots, too
+        for snapshot in snapshots:
+            snapshot.host.zero_()
+        return columns_of(self.host_record[:taken, :len(src_tokens)].numpy())
 
     def _fill(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
               max_lens: Sequence[int]) -> None:
         """The state before the first step; sentences that only fill up the batch are finished."""
-        config, count = self.step.config, len(src_tokens)
+        config, count, steps = self.step.config, len(src_tokens), self.shape.steps
         lengths = np.array([len(sentence) for sentence in src_tokens])
         narrow, wide = (table.image for table in self.tables)
         narrow["limits"][:count] = max_lens
-        narrow["steps"][:] = 0
+        for name in ("steps", "idle", "scores"):
+            narrow[name][:] = 0
         narrow["complete"][:count], narrow["complete"][count:] = 0, self.shape.beam
         narrow["cu_seqlens"][1:count + 1] = ends = np.cumsum(lengths)
         narrow["cu_seqlens"][count + 1:] = total = ends[-1]
         narrow["settings"].view(np.float32)[:] = settings_of(options, self.shape.beam)
-        narrow["scores"][:] = 0
-        forced = narrow["forced"]
-        forced[:] = config.pad
-        if prefix_tokens is not None:
-            width = min(prefix_tokens.size(1), self.shape.steps)
-            forced[:count, :width] = prefix_tokens[:, :width].cpu().numpy()
-        forced[:count][np.arange(self.shape.steps) >= np.asarray(max_lens)[:, None]] = config.eos
+        narrow["forced"][:] = config.pad
+        prefixes = [None] * count if prefix_tokens is None else prefix_tokens.cpu().numpy()
+        for row, (prefix, limit) in enumerate(zip(prefixes, max_lens, strict=True)):
+            narrow["forced"][row] = forced_tokens(prefix, limit, steps, config.pad, config.eos)
         wide["tokens"][:total], wide["tokens"][total:] = torch.cat(list(src_tokens)).cpu().numpy(), config.pad
         wide["positions"][:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
         for table in self.tables:
@@ -200,80 +193,4 @@ class _Plan:
 
     def _begin(self) -> None:
         """Encode the sources, those of the rest of the batch being empty."""
-        self.step.start(self.encoder(self.source, self.packing), self.buffers)
-
-    def _advance(self) -> None:
-        """The next step."""
-        config, step = self.step.config, self.step
-        types: dict[str, Any] = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
-        logits = step(self.buffers)
-        statistics = token_statistics(logits, self.settings, **types)
-        beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.taken,
-                   complete=self.complete, scores=self.scores, idle=self.idle,
-                   ancestors=self.buffers.ancestors, record=self.record, x=self.buffers.x,
-                   embeddings=step.embeddings, positions=step.input_positions, scale=step.embed_scale,
-                   first_position=step.first_position, **types)
-
-
-def _captured(work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` as one graph."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
-class _Table:
-    """Integers of one width by name, on the device in one piece, with an image of it on the host."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, **shapes: tuple[int, ...]) -> None:
-        counts = {name: int(np.prod(size)) for name, size in shapes.items()}
-        aligned = {name: -(-count // 32) * 32 for name, count in counts.items()}
-        self.on_device = torch.zeros(sum(aligned.values()), dtype=dtype, device=device)
-        self.on_host = torch.zeros_like(self.on_device, device="cpu", pin_memory=device.type == "cuda")
-        self.image: dict[str, Array] = {}
-        self._parts: dict[str, Tensor] = {}
-        start = 0
-        for name, size in shapes.items():
-            part = slice(start, start + counts[name])
-            self._parts[name] = self.on_device[part].view(size)
-            self.image[name] = self.on_host[part].view(size).numpy()
-            start += aligned[name]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._parts[name]
-
-    def upload(self) -> None:
-        """Host to device, in the order of the stream."""
-        self.on_device.copy_(self.on_host, non_blocking=True)
-
-
-class _Flag:
-    """Whether sentences were live at one moment of the stream."""
-
-    def __init__(self, complete: Tensor, beam: int) -> None:
-        self.complete, self.beam = complete, beam
-        self.host = torch.zeros_like(complete, device="cpu", pin_memory=complete.is_cuda)
-        self.event = torch.cuda.Event() if complete.is_cuda else None  # type: ignore[no-untyped-call]
-
-    def clear(self) -> None:
-        """As if no moment had been chosen; none may be under way."""
-        self.host.zero_()
-
-    def set(self) -> _Flag:
-        """The moment is when all work given so far is done."""
-        self.host.copy_(self.complete, non_blocking=True)
-        if self.event is not None:
-            self.event.record()
-        return self
-
-    def live(self) -> bool:
-        """Waits for that moment."""
-        if self.event is not None:
-            self.event.synchronize()
-        return bool((self.host.numpy() < self.beam).any())
+        self.step.start(self.encoder(self.source, self.packing), self.state.buffers)

@@ -1,0 +1,135 @@
+"""Sentences that are being searched on the device: their memory, and the step that takes all of them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightseq_fairseq.generator.hypotheses import Array, Step
+from lightseq_fairseq.generator.options import GenerationOptions
+from lightseq_fairseq.layers.decode_step import DecodeBuffers, DecodeStep
+from lightseq_fairseq.ops.beam_step import SETTINGS, Settings, beam_step_, token_statistics
+
+
+def settings_of(options: GenerationOptions, beam: int) -> Settings:
+    """Of a sentence of ``beam`` beams."""
+    return Settings(**{name: getattr(options, name) for name in Settings._fields})._replace(beam=beam)
+
+
+@dataclass
+class DeviceState:
+    """B sentences of K beams, T steps at most; tensors as in ops/beam_step.py, each sentence being at its own step."""
+
+    step: DecodeStep
+    buffers: DecodeBuffers
+    limits: Tensor
+    complete: Tensor
+    idle: Tensor
+    settings: Tensor
+    scores: Tensor
+    forced: Tensor
+    record: Tensor
+
+    @staticmethod
+    def shapes(batch: int, beam: int, steps: int) -> dict[str, tuple[int, ...]]:
+        """Of what the host sets at the start of a sentence, 32 bits each; ``steps`` there are those so far."""
+        return dict(limits=(batch,), steps=(batch,), complete=(batch,), idle=(batch,), settings=(batch, SETTINGS),
+                    scores=(batch, beam), forced=(batch, steps))
+
+    @classmethod
+    def of(cls, step: DecodeStep, tensors: dict[str, Tensor], source_tokens: int, cu_seqlens: Tensor) -> DeviceState:
+        """Over ``tensors`` (int32) of :meth:`shapes`; ``cu_seqlens`` as in ops/decode_attention.py."""
+        (batch, beam), most = tensors["scores"].shape, tensors["forced"].size(1)
+        buffers = step.buffers(batch, beam, most, source_tokens, cu_seqlens, tensors["steps"])
+        record = torch.zeros(most, batch, beam, len(Step._fields), dtype=torch.int32, device=step.device)
+        settings, scores = (tensors[name].view(torch.float32) for name in ("settings", "scores"))
+        return cls(step, buffers, tensors["limits"], tensors["complete"], tensors["idle"], settings, scores,
+                   tensors["forced"], record)
+
+    def advance(self) -> None:
+        """The next step of every sentence that is not finished."""
+        config, step = self.step.config, self.step
+        types: dict[str, Any] = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
+        logits = step(self.buffers)
+        statistics = token_statistics(logits, self.settings, **types)
+        beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.buffers.steps,
+                   complete=self.complete, scores=self.scores, idle=self.idle, ancestors=self.buffers.ancestors,
+                   record=self.record, x=self.buffers.x, embeddings=step.embeddings, positions=step.input_positions,
+                   scale=step.embed_scale, first_position=step.first_position, **types)
+
+
+def forced_tokens(prefix: Array | None, limit: int, steps: int, pad: int, eos: int) -> Array:
+    """(T,) int32: what a sentence must say at each step, ``pad`` where it is free."""
+    forced = np.full(steps, pad, np.int32)
+    if prefix is not None:
+        forced[:len(prefix)] = prefix[:steps]
+    forced[limit:] = eos
+    return forced
+
+
+def columns_of(record: Array) -> list[Array]:
+    """(T, B, K, 6) int32 -> the columns of hypotheses.Step, (T, B, K) each."""
+    ended, totals, beams, tokens, parents, scores = np.ascontiguousarray(np.moveaxis(record, -1, 0))
+    return [ended.astype(bool), totals.view(np.float32), beams, tokens, parents, scores.view(np.float32)]
+
+
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` as one graph, after it has run once."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+class Table:
+    """Integers of one width by name, on the device in one piece, with an image of it on the host."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, **shapes: tuple[int, ...]) -> None:
+        counts = {name: int(np.prod(size)) for name, size in shapes.items()}
+        aligned = {name: -(-count // 32) * 32 for name, count in counts.items()}
+        self.on_device = torch.zeros(sum(aligned.values()), dtype=dtype, device=device)
+        self.on_host = torch.zeros_like(self.on_device, device="cpu", pin_memory=device.type == "cuda")
+        self.image: dict[str, Array] = {}
+        self.tensors: dict[str, Tensor] = {}
+        start = 0
+        for name, size in shapes.items():
+            part = slice(start, start + counts[name])
+            self.tensors[name] = self.on_device[part].view(size)
+            self.image[name] = self.on_host[part].view(size).numpy()
+            start += aligned[name]
+
+    def upload(self) -> None:
+        """Host to device, in the order of the stream."""
+        self.on_device.copy_(self.on_host, non_blocking=True)
+
+
+class Snapshot:
+    """What a tensor was at one moment of the stream, on the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.host = torch.zeros_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def take(self) -> Snapshot:
+        """The moment is when all work given so far is done."""
+        self.host.copy_(self.tensor, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+        return self
+
+    def wait(self) -> Array:
+        """Waits for that moment; the values, 0 where none was taken."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.numpy()
