@@ -1,4 +1,4 @@
-"""``lightseq-export``: fairseq checkpoints in, one model file out."""
+"""``lightseq-export``: fairseq checkpoints or a Hugging Face folder in, one model file out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lightseq_fairseq.export import from_checkpoints
+from lightseq_fairseq.export import ExportError, from_checkpoints
+from lightseq_fairseq.export.huggingface import copy_tokenizer, from_huggingface
 from lightseq_fairseq.model_file import FORMATS, ModelFile, ModelFileError, format_of, save
 from lightseq_fairseq.model_file.lightseq import obstacles
 
@@ -21,9 +22,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lightseq-export", description="Turn a fairseq checkpoint (transformer* or ls_transformer*) into a model "
-        "file for lightseq-generate, lightseq_fairseq.inference and, where its format can express the model, LightSeq.")
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoint.pt; several with --average")
+        prog="lightseq-export", description="Turn a fairseq checkpoint (transformer*, transformer_lm*, bart*, ours of "
+        "these names) or a Hugging Face folder into a model file for lightseq-generate, lightseq_fairseq.inference "
+        "and, where its format can express the model, LightSeq.")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="checkpoint.pt; several with --average; with --from huggingface a folder")
+    parser.add_argument("--from", dest="source", choices=("fairseq", "huggingface"), default="fairseq",
+                        help="what CHECKPOINT is (default: fairseq)")
     parser.add_argument("-o", "--output", required=True, metavar="FILE",
                         help="the model file; .pb is protobuf, .hdf5 is HDF5")
     parser.add_argument("--format", choices=sorted(FORMATS), help="format of FILE whatever its suffix")
@@ -42,14 +47,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         format = format_of(args.output, args.format)
-        model = from_checkpoints(args.checkpoints, args.data_bin, args.average, args.source_lang, args.target_lang,
-                                 progress=_progress_bar)
+        notes = []
+        if args.source == "huggingface":
+            model, dropped = _from_folder(args)
+            notes = [f"dropped {name}" for name in dropped]
+        else:
+            model = from_checkpoints(args.checkpoints, args.data_bin, args.average, args.source_lang, args.target_lang,
+                                     progress=_progress_bar)
         save(model, args.output, format, DTYPES[args.dtype])
+        if args.source == "huggingface":
+            tokenizer = copy_tokenizer(args.checkpoints[0], args.output)
+            notes.append(f"tokenizer files are in {tokenizer}" if tokenizer else "the folder has no tokenizer files")
     except ModelFileError as error:
         print(f"lightseq-export: error: {error}", file=sys.stderr)
         return 2
+    for note in notes:
+        print(note)
     print(summary(model, Path(args.output), format, args.dtype, time.perf_counter() - started))
     return 0
+
+
+def _from_folder(args: argparse.Namespace) -> tuple[ModelFile, tuple[str, ...]]:
+    """The model of the one folder, and the tensors that it loses."""
+    given = [option for option, value in (("--average", args.average), ("--data-bin", args.data_bin),
+                                          ("--source-lang", args.source_lang), ("--target-lang", args.target_lang))
+             if value]
+    if given or len(args.checkpoints) != 1:
+        raise ExportError(f"--from huggingface takes one folder, got {len(args.checkpoints)}" if not given else
+                          f"{', '.join(given)} cannot be given with --from huggingface")
+    found = from_huggingface(args.checkpoints[0])
+    return found.model, found.dropped
 
 
 def _progress_bar(paths: Sequence[Any]) -> Iterable[Any]:
@@ -63,8 +90,12 @@ def summary(model: ModelFile, path: Path, format: str, dtype: str, seconds: floa
     distinct = {id(tensor): tensor.numel() for tensor in model.tensors.values()}
     reasons = obstacles(model.config) if dtype == "fp32" else [f"weights in {dtype}"]
     return (f"{path}: {format}, {path.stat().st_size / 1e6:.1f} MB, {len(distinct)} tensors in {dtype} "
-            f"({sum(distinct.values()) / 1e6:.1f} M parameters), {model.source_lang}-{model.target_lang}, "
+            f"({sum(distinct.values()) / 1e6:.1f} M parameters), {_languages(model)}"
             f"{seconds:.1f} s; " + (f"not for LightSeq: {', '.join(reasons)}" if reasons else "LightSeq reads it too"))
+
+
+def _languages(model: ModelFile) -> str:
+    return f"{model.source_lang}-{model.target_lang}, " if model.source_lang and model.target_lang else ""
 
 
 if __name__ == "__main__":

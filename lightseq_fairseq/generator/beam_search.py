@@ -66,8 +66,17 @@ def length_limits(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor],
     """The step at which each sentence must end, see ``GenerationOptions.max_len_a``."""
     if options.match_source_len:
         return [len(sentence) for sentence in src_tokens]
-    most = min(model.config.max_target_positions for model in models) - 1
-    return [min(int(options.max_len_a * len(sentence) + options.max_len_b), most) for sentence in src_tokens]
+    before = fed_before(models[0].config, src_tokens)
+    most = min(model.config.max_target_positions for model in models)
+    counted = [len(sentence) - 1 if options.include_context else 0 for sentence in src_tokens]
+    return [min(int(options.max_len_a * len(sentence) + options.max_len_b) - own, most - fed)
+            for sentence, fed, own in zip(src_tokens, before, counted, strict=True)]
+
+
+def fed_before(config: TransformerConfig, src_tokens: Sequence[Tensor]) -> list[int]:
+    """Tokens that the decoder is fed up to the first step: the start token, or the text that a language model
+    continues."""
+    return [1 if config.has_encoder else len(sentence) for sentence in src_tokens]
 
 
 class Continuation:
@@ -81,15 +90,18 @@ class Continuation:
         self.beam, self.eos = beam, eos
         self.idle: Tensor | None = None  # (B, K) bool
 
-    def __call__(self, candidates: Candidates) -> Step:
-        """Candidates (B, C), best first, C >= K."""
+    def __call__(self, candidates: Candidates, at_limit: Tensor | None = None) -> Step:
+        """Candidates (B, C), best first, C >= K; all those of the sentences ``at_limit`` (B,) bool are complete."""
         scores, tokens, beams = candidates
         first = slice(self.beam)
-        stops = (tokens == self.eos) & (scores != -torch.inf)
+        stops = tokens == self.eos if at_limit is None else (tokens == self.eos) | at_limit[:, None]
+        stops &= scores != -torch.inf
         ended = stops[:, first]
         if self.idle is not None:
             ended = ended & ~self.idle
             stops[:, first] |= self.idle
+        if at_limit is not None:
+            stops |= at_limit[:, None]
         stops, order = stops.sort(dim=1, stable=True)  # those that go on come first, otherwise in their order
         order = order[:, first]
         if self.idle is not None or tokens.size(1) < 2 * self.beam:
@@ -114,27 +126,39 @@ class _Decoding:
         self.beam = min(options.beam, config.tgt_vocab_size - 1)  # pad is never chosen
         self.states = [model.encode(src_tokens, self.beam, max(max_lens) + 1) for model in models]
         self.need_attention = options.return_attention or options.return_alignment
-        self.limits = torch.tensor(max_lens, device=self.device)
-        self.limit_steps = set(max_lens)
+        self.last_steps = list(max_lens) if options.force_eos else [limit - 1 for limit in max_lens]
+        self.limits = torch.tensor(self.last_steps, device=self.device)
+        self.limit_steps = set(self.last_steps)
         self.complete = torch.zeros(len(src_tokens), dtype=torch.int64, device=self.device)  # hypotheses so far
         self.history = History(len(src_tokens), self.beam, self.device)
         self.continuation = Continuation(self.beam, config.eos)
         self.search = _search_strategy(options, self.beam, config.eos, src_tokens, self.device, generator, constraints)
         self.constrained = [False] * len(src_tokens) if constraints is None else [len(c) > 0 for c in constraints]
         self.penalties = TokenPenalties(config.pad, config.unk, options.unkpen, self.device)
-        self.rules: list[Rule] = [MinLength(options.min_len, config.eos)]
+        contexts = () if config.has_encoder else [text[options.include_context:] for text in src_tokens]
+        self.contexts = self._contexts() if options.include_context else None
+        counted = [len(text) for text in contexts] if options.include_context else None
+        self.rules: list[Rule] = [MinLength(options.min_len, config.eos, counted, self.device)]
         if options.no_repeat_ngram_size:
-            self.rules.append(NoRepeatNgram(options.no_repeat_ngram_size, config.pad))
+            self.rules.append(NoRepeatNgram(options.no_repeat_ngram_size, config.pad, contexts, self.device))
         prefix = None if prefix_tokens is None else prefix_tokens.to(self.device)
-        self.forced = ForcedTokens(self.limits, prefix, config.pad, config.eos)
+        self.forced = ForcedTokens(self.limits, prefix, config.pad, config.eos, options.force_eos)
+
+    def _contexts(self) -> list[Tensor]:
+        """Log-probabilities of the texts that are continued, their first tokens left out; as of an ensemble."""
+        each = [state.context_log_probabilities(self.src_tokens) for state in self.states]  # type: ignore[attr-defined]
+        if len(each) == 1:
+            return [scores.cpu() for scores in each[0]]
+        return [torch.stack(of_models).exp().mean(0).log().cpu() for of_models in zip(*each, strict=True)]
 
     def run(self) -> list[list[Hypothesis]]:
-        tokens = torch.full((len(self.src_tokens), 1), self.config.start, device=self.device)
+        tokens = first_tokens(self.config, self.src_tokens).to(self.device)
         scores = None
-        for step in range(max(self.max_lens) + 1):
+        for step in range(max(self.last_steps) + 1):
             lprobs, attention = self._log_probabilities(step, tokens)
             candidates = self.forced.close(step, self.search(step, lprobs, scores))
-            chosen = self.continuation(candidates)
+            cut = not self.options.force_eos and step in self.limit_steps
+            chosen = self.continuation(candidates, self.limits == step if cut else None)
             self.history.append(chosen, attention)
             tokens, scores = chosen.tokens, chosen.scores
             live = self._count_live(step, chosen.ended)
@@ -187,9 +211,16 @@ class _Decoding:
         """Those of the whole batch, ranked."""
         options = self.options
         source_lens = np.array([len(sentence) for sentence in self.src_tokens])
-        ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None)
-        found = self.history.best(self.max_lens, ranking, options.nbest, self.config.eos)
+        ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None,
+                          cut=not options.force_eos)
+        if self.contexts is not None:
+            totals = np.array([float(scores.sum()) for scores in self.contexts], dtype=np.float32)
+            ranking = replace(ranking, context_lens=source_lens - 1, context_totals=totals)
+        found = self.history.best(self.last_steps, ranking, options.nbest, self.config.eos)
         check_found(found, self.constrained)
+        if self.contexts is not None:
+            found = [[_with_context(h, text, scores) for h in hypotheses]
+                     for hypotheses, text, scores in zip(found, self.src_tokens, self.contexts, strict=True)]
         for sentence, hypotheses in enumerate(found):
             if self.need_attention:
                 found[sentence] = [self._finish(h, self.src_tokens[sentence].cpu()) for h in hypotheses]
@@ -207,6 +238,19 @@ class _Decoding:
     def _words(self, tokens: Tensor) -> Tensor:
         """Which tokens are neither eos nor pad."""
         return (tokens != self.config.eos) & (tokens != self.config.pad)
+
+
+def first_tokens(config: TransformerConfig, src_tokens: Sequence[Tensor]) -> Tensor:
+    """What the decoder is fed first, (B, 1) int64: the start token, or the last of the text that is continued."""
+    if config.has_encoder:
+        return torch.full((len(src_tokens), 1), config.start)
+    return torch.stack([text[-1:].cpu() for text in src_tokens])
+
+
+def _with_context(hypothesis: Hypothesis, text: Tensor, scores: Tensor) -> Hypothesis:
+    """``hypothesis`` behind the ``text`` (T,) that it continues, whose first token has no score and is left out."""
+    return replace(hypothesis, tokens=torch.cat((text[1:].cpu(), hypothesis.tokens)),
+                   positional_scores=torch.cat((scores, hypothesis.positional_scores)))
 
 
 def _search_strategy(options: GenerationOptions, beam: int, eos: int, src_tokens: Sequence[Tensor],
@@ -243,14 +287,20 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
           constraints: Sequence[Sequence[Tensor]] | None = None) -> None:
     """GenerationError naming everything that does not fit together."""
     batch, wrong = len(src_tokens), []
+    config = models[0].config
+    if not config.has_encoder:
+        wrong += _wrong_contexts(models, src_tokens, options, max_lens)
+    elif options.include_context:
+        wrong.append("include_context is for language models, which continue a text")
     for name in ("tgt_vocab_size", "pad", "eos", "unk", "start"):
         values = sorted({getattr(model.config, name) for model in models})
         if len(values) > 1:
             wrong.append(f"the models of an ensemble must have one {name}, got {values}")
     empty = [i for i, sentence in enumerate(src_tokens) if not len(sentence)]
     if empty:
-        wrong.append(f"sentences {empty} have no tokens, not even the eos that ends every source sentence")
-    types = models[0].config.tgt_vocab_size
+        wrong.append(f"sentences {empty} have no tokens, not even the eos that ends every source sentence"
+                     if config.has_encoder else f"texts {empty} have no tokens, not even one to begin with")
+    types = config.tgt_vocab_size
     if prefix_tokens is not None:
         if prefix_tokens.dim() != 2 or len(prefix_tokens) != batch:
             wrong.append(f"prefix_tokens must have shape ({batch}, P), got {tuple(prefix_tokens.shape)}")
@@ -259,7 +309,7 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
             wrong.append(f"prefix_tokens must be ids of the {types} target types, got {strange[0]}")
     if len(max_lens) != batch:
         wrong.append(f"max_lens must have one entry for each of {batch} sentences, got {len(max_lens)}")
-    if min(max_lens) < options.min_len:
+    if min(max_lens) < options.min_len and not options.include_context:
         wrong.append(f"min_len {options.min_len} exceeds the longest output allowed to a sentence, {min(max_lens)}: "
                      "lower min_len or raise max_len_a or max_len_b")
     if (constraints is None) != (options.constraints is None):
@@ -268,6 +318,21 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
         wrong += _wrong_constraints(constraints, models[0].config, max_lens)
     if wrong:
         raise GenerationError("; ".join(wrong))
+
+
+def _wrong_contexts(models: Sequence[SequenceModel], texts: Sequence[Tensor], options: GenerationOptions,
+                    max_lens: Sequence[int]) -> list[str]:
+    """What is wrong with texts that a language model is to continue."""
+    wrong = [f"{name} needs a source and not a text to continue" for name in
+             ("match_source_len", "return_attention", "return_alignment") if getattr(options, name)]
+    most = min(model.config.max_target_positions for model in models)
+    long = [i for i, (text, limit) in enumerate(zip(texts, max_lens, strict=False)) if len(text) + limit > most]
+    if long:
+        wrong.append(f"texts {long} and their continuations are longer than the model's {most} positions")
+    short = [i for i, limit in enumerate(max_lens) if limit < (0 if options.force_eos else 1)]
+    if short:
+        wrong.append(f"texts {short} leave no token to say: raise max_len_a or max_len_b, or shorten the texts")
+    return wrong
 
 
 def _wrong_constraints(constraints: Sequence[Sequence[Tensor]], config: TransformerConfig,

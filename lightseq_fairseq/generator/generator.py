@@ -19,7 +19,7 @@ from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.beam_search import decode, length_limits
 from lightseq_fairseq.generator.device_search import DeviceSearch
 from lightseq_fairseq.generator.hypotheses import Hypothesis
-from lightseq_fairseq.generator.model import Transformer
+from lightseq_fairseq.generator.model import load_model
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.model_file import ModelFile
 from lightseq_fairseq.ops import _extension
@@ -42,9 +42,9 @@ class Generator:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.config: TransformerConfig = first.config
         self.src_symbols, self.tgt_symbols, self.decoding = first.src_symbols, first.tgt_symbols, first.decoding
-        self.models = [Transformer(model, self.device, dtype) for model in models]
+        self.models = [load_model(model, self.device, dtype) for model in models]
         on_device = len(self.models) == 1 and self.device.type == "cuda" and _extension.loaded()
-        self.device_search = DeviceSearch(self.models[0]) if on_device else None
+        self.device_search = DeviceSearch(self.models[0]) if on_device else None  # type: ignore[arg-type]
         self._src_indices: dict[str, int] | None = None
 
     @classmethod
@@ -59,7 +59,8 @@ class Generator:
                  max_lens: Sequence[int] | None = None,
                  draws: torch.Generator | None = None,
                  constraints: Sequence[Sequence[Tensor]] | None = None) -> list[list[Hypothesis]]:
-        """One batch, in the order given: sentences 1-D int64, eos included, without padding.
+        """One batch, in the order given: sentences 1-D int64, eos included, without padding; to a language model, texts
+        to continue.
 
         ``prefix_tokens`` (B, P) int64 are forced target beginnings, pad where one is shorter; ``max_lens`` are limits
         that replace the options'; ``draws`` samples in place of ``options.seed``; ``constraints`` are the phrases, 1-D
@@ -67,7 +68,8 @@ class Generator:
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
         options = options or GenerationOptions()
-        if self.device_search is not None and len(src_tokens) and constraints is None:
+        plain = constraints is None and options.force_eos and not options.include_context
+        if self.device_search is not None and len(src_tokens) and plain:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
             if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
                 return self.device_search.decode(src_tokens, options, prefix_tokens, limits)
@@ -112,12 +114,13 @@ class Generator:
         return [self.decode_ids(hypotheses[0].tokens, remove_bpe) for hypotheses in found]
 
     def encode_line(self, line: str) -> list[int]:
-        """Ids of the line's tokens and eos; what the vocabulary lacks becomes unk."""
+        """Ids of the line's tokens and eos, which a language model has in front; what the vocabulary lacks is unk."""
         if self._src_indices is None:
             symbols = _present(self.src_symbols, "source")
             self._src_indices = {symbol: index for index, symbol in enumerate(symbols)}
         unk = self.config.unk
-        return [self._src_indices.get(token, unk) for token in line.split()] + [self.config.eos]
+        ids = [self._src_indices.get(token, unk) for token in line.split()]
+        return [*ids, self.config.eos] if self.config.has_encoder else [self.config.eos, *ids]
 
     def decode_ids(self, tokens: Tensor | Sequence[int], remove_bpe: str | None = None) -> str:
         """Text of target ids, without eos and padding."""
@@ -146,7 +149,10 @@ class Generator:
 
 
 def check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:
-    """GenerationError where two members of an ensemble have not one vocabulary a side."""
+    """GenerationError where two members of an ensemble have not one vocabulary a side, or are not of one kind."""
+    if first.config.stacks != member.config.stacks:
+        raise GenerationError(f"the models of an ensemble must be of one kind, got stacks {first.config.stacks!r} and "
+                              f"{member.config.stacks!r}")
     for side, ours, theirs, sizes in (
             ("source", first.src_symbols, member.src_symbols,
              (first.config.src_vocab_size, member.config.src_vocab_size)),

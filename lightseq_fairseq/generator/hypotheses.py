@@ -61,12 +61,21 @@ class Ranking:
     normalize: bool = True
     longest: Ints | None = None
     """(B,): a hypothesis whose last step lies beyond is a stopgap and scores -inf."""
+    context_lens: Ints | None = None
+    """(B,): tokens in front that count, and"""
+    context_totals: Floats | None = None
+    """the sum of their log-probabilities."""
+    cut: bool = False
+    """Whether hypotheses at their last step go without eos."""
 
     def scores(self, pool: Pool) -> Floats:
         """(N,) fp32, of N hypotheses."""
-        scores = pool.totals
+        scores, lengths = pool.totals, pool.steps + 1.0
+        if self.context_lens is not None and self.context_totals is not None:
+            lengths = lengths + self.context_lens[pool.sentences]
+            scores = scores + self.context_totals[pool.sentences]
         if self.normalize:
-            scores = scores / np.power(pool.steps + 1.0, self.lenpen).astype(np.float32)
+            scores = scores / np.power(lengths, self.lenpen).astype(np.float32)
         if self.longest is not None:
             scores = np.where(pool.steps > self.longest[pool.sentences], np.float32(-np.inf), scores)
         return scores
@@ -82,10 +91,12 @@ class Pool(NamedTuple):
     """The beam that it ends."""
     totals: Floats
     """Sum of log-probabilities."""
+    ends: Ints
+    """The last token."""
 
     def chosen(self, order: npt.NDArray[np.intp]) -> Pool:
         """These rows."""
-        return Pool(self.sentences[order], self.steps[order], self.beams[order], self.totals[order])
+        return Pool(self.sentences[order], self.steps[order], self.beams[order], self.totals[order], self.ends[order])
 
     def best(self, scores: Floats, nbest: int) -> npt.NDArray[np.intp]:
         """Rows of the ``nbest`` of each sentence, best first; the earlier first where scores are equal."""
@@ -154,11 +165,11 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     of the beams that hypotheses went through.
     """
     _, batch, beam = record[0].shape
-    pool = _pool(record, np.asarray(last_steps), beam)
+    pool = _pool(record, np.asarray(last_steps), beam, eos, ranking.cut)
     scores = ranking.scores(pool)
     order = pool.best(scores, nbest)
     pool, scores = pool.chosen(order), scores[order]
-    tokens, positional, path = _follow_back(pool, record, eos)
+    tokens, positional, path = _follow_back(pool, record)
     attention = attention_along(path, pool.sentences)
     attentions = [None] * len(scores) if attention is None else [
         rows[:step + 1] for rows, step in zip(attention, pool.steps, strict=True)]
@@ -169,13 +180,20 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     return found
 
 
-def _pool(record: list[Array], last_steps: Ints, beam: int) -> Pool:
-    """The hypotheses that count: the first ``beam`` of each sentence that end no later than its last step."""
-    ended, totals, beams = record[:3]  # (T, B, K) each
+def _pool(record: list[Array], last_steps: Ints, beam: int, eos: int, cut: bool) -> Pool:
+    """The hypotheses that count: the first ``beam`` of each sentence that end no later than its last step.
+
+    With ``cut`` those of the last step, which end with whatever token they have, compete with all before them.
+    """
+    ended, totals, beams, tokens = record[:4]  # (T, B, K) each
     in_time = np.arange(ended.shape[0])[:, None] <= last_steps
     sentences, steps, ranks = (ended & in_time[..., None]).transpose(1, 0, 2).nonzero()
-    pool = Pool(sentences, steps, beams[steps, sentences, ranks], totals[steps, sentences, ranks])
-    return pool.chosen((_rank_within(sentences) < beam).nonzero()[0])
+    at_limit = cut & (steps == last_steps[sentences])
+    ends = np.where(at_limit, tokens[steps, sentences, ranks], eos)
+    pool = Pool(sentences, steps, beams[steps, sentences, ranks], totals[steps, sentences, ranks], ends)
+    places = _rank_within(sentences)
+    before = np.where(at_limit, places - ranks, places)  # those of one step are counted together
+    return pool.chosen((before < beam).nonzero()[0])
 
 
 def _rank_within(groups: Ints) -> Ints:
@@ -183,7 +201,7 @@ def _rank_within(groups: Ints) -> Ints:
     return np.arange(groups.size) - np.searchsorted(groups, groups)
 
 
-def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Ints]:
+def _follow_back(pool: Pool, record: list[Array]) -> tuple[Sequence[Tensor], Sequence[Tensor], Ints]:
     """Of each of N hypotheses its tokens and their own scores, and the beam that each token was chosen for, (N, T),
     which is meaningless after the last step."""
     _, _, _, tokens, parents, scores = (column.reshape(len(column), -1) for column in record)  # (T, B * K) each
@@ -196,7 +214,7 @@ def _follow_back(pool: Pool, record: list[Array], eos: int) -> tuple[Sequence[Te
         found[step], totals[step] = tokens[step].take(rows), scores[step].take(rows)
         path[step] = beams = np.where(pool.steps > step, parents[step].take(rows), beams)
     ends = np.arange(pool.steps.size)
-    found[pool.steps, ends], totals[pool.steps, ends] = eos, pool.totals
+    found[pool.steps, ends], totals[pool.steps, ends] = pool.ends, pool.totals
     with np.errstate(invalid="ignore"):  # idle beams, followed beyond the last step
         totals[1:] -= totals[:-1].copy()
     real, lengths = np.arange(count) <= pool.steps[:, None], (pool.steps + 1).tolist()

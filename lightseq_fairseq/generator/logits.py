@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightseq_fairseq.generator.search import Candidates
@@ -70,27 +71,43 @@ class Rule:
 
 
 class MinLength(Rule):
-    """No eos at the first ``min_len`` steps."""
+    """No eos at the first ``min_len`` steps, of which sentences may have done some ``already`` (B,)."""
 
-    def __init__(self, min_len: int, eos: int) -> None:
-        self.min_len, self.eos = min_len, eos
+    def __init__(self, min_len: int, eos: int, already: Sequence[int] | None = None,
+                 device: torch.device | str = "cpu") -> None:
+        self.eos, self.most = eos, min_len - min(already or [0])
+        self.least = None if already is None else torch.tensor([min_len - done for done in already], device=device)
 
     def __call__(self, step: int, lprobs: Tensor) -> None:
         """See :class:`Rule`."""
-        if step < self.min_len:
+        if step >= self.most:
+            return
+        if self.least is None:
             lprobs[..., self.eos] = -torch.inf
+        else:
+            lprobs[..., self.eos].masked_fill_((self.least > step)[:, None], -torch.inf)
+
+    def keep(self, sentences: Tensor) -> None:
+        """See :class:`Rule`."""
+        if self.least is not None:
+            self.least = self.least[sentences]
 
 
 class NoRepeatNgram(Rule):
-    """No sequence of ``size`` generated tokens comes twice.
+    """No sequence of ``size`` generated tokens comes twice, those of ``contexts`` in front of them included.
 
     The rule of fairseq's CUDA extension; fairseq's Python version compares with the padding at the end of its
     buffer and forbids nothing.
     """
 
-    def __init__(self, size: int, pad: int) -> None:
+    def __init__(self, size: int, pad: int, contexts: Sequence[Tensor] = (),
+                 device: torch.device | str = "cpu") -> None:
         self.size, self.pad = size, pad
-        self.history: Tensor | None = None  # (B, K, tokens so far)
+        self.history: Tensor | None = None  # (B, K, tokens so far), K = 1 before the first
+        longest = max(map(len, contexts), default=0)
+        if longest:  # pads in front equal no token that a sequence could end with
+            padded = [F.pad(text.to(device), (longest - len(text), 0), value=pad) for text in contexts]
+            self.history = torch.stack(padded).unsqueeze(1)
 
     def __call__(self, step: int, lprobs: Tensor) -> None:
         """See :class:`Rule`."""
@@ -120,9 +137,9 @@ class NoRepeatNgram(Rule):
 
 
 class ForcedTokens:
-    """What each sentence must say at each step: its prefix, and eos at its length limit."""
+    """What each sentence must say at each step: its prefix, and eos at its length limit if that is ``force_eos``."""
 
-    def __init__(self, max_lens: Tensor, prefix: Tensor | None, pad: int, eos: int) -> None:
+    def __init__(self, max_lens: Tensor, prefix: Tensor | None, pad: int, eos: int, force_eos: bool = True) -> None:
         """``max_lens`` (B,) int64 and ``prefix`` (B, P) int64, pad where free, both on the decoding device."""
         steps = torch.arange(int(max_lens.max()) + 1, device=max_lens.device)
         self.tokens = torch.full((max_lens.numel(), steps.numel()), pad, device=max_lens.device)  # (B, T)
@@ -131,7 +148,8 @@ class ForcedTokens:
             self.tokens[:, :width] = prefix[:, :width]
         at_limit = steps >= max_lens[:, None]
         self.ends = (self.tokens == eos) & ~at_limit  # the prefix itself ends here, (B, T)
-        self.tokens.masked_fill_(at_limit, eos)
+        if force_eos:
+            self.tokens.masked_fill_(at_limit, eos)
         self.free = pad
         self.forces_at = (self.tokens != pad).any(0).tolist()
         self.ends_at = self.ends.any(0).tolist()

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lightseq_fairseq.config import TransformerConfig
+from lightseq_fairseq.generator.options import GenerationError
 from lightseq_fairseq.layers import Packing, TransformerDecoder, TransformerEncoder
 from lightseq_fairseq.layers.compiled import CompiledDecoder, CompiledEncoder
 from lightseq_fairseq.layers.embedding import token_embedding
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
 from lightseq_fairseq.model_file import ModelFile
+
+_ROWS = 1024
+"""Tokens whose log-probabilities over the vocabulary exist at one time."""
 
 
 class Transformer:
@@ -24,6 +29,7 @@ class Transformer:
                  dtype: torch.dtype = torch.float32) -> None:
         self.config, self.device, self.dtype = model.config, torch.device(device), dtype
         encoder, decoder = load_layers(model, self.device, dtype)
+        assert encoder is not None and decoder is not None, model.config.stacks
         self.encoder: InferenceEncoder | CompiledEncoder
         self.encoder = CompiledEncoder(encoder) if CompiledEncoder.serves(encoder) else InferenceEncoder(encoder)
         self.decoder: IncrementalDecoder | CompiledDecoder
@@ -39,16 +45,15 @@ class Transformer:
         """
         packing = Packing.of_lengths([len(sentence) for sentence in src_tokens], self.device)
         source = self.encoder(torch.cat(list(src_tokens)).to(self.device), packing)
-        return DecodeState(self.decoder, source, packing, len(src_tokens), beam)
+        return DecodeState(self.decoder, self.decoder.start(source, packing, len(src_tokens), beam))
 
 
 class DecodeState:
     """One batch being decoded: B live sentences of K beams."""
 
-    def __init__(self, decoder: IncrementalDecoder | CompiledDecoder, source: Tensor, packing: Packing, batch: int,
-                 beam: int) -> None:
-        self.decoder = decoder
-        self.state: Any = decoder.start(source, packing, batch, beam)  # the decoder's own kind
+    def __init__(self, decoder: IncrementalDecoder | CompiledDecoder, state: Any) -> None:
+        """``state`` is the decoder's own kind."""
+        self.decoder, self.state = decoder, state
 
     @torch.no_grad()
     def step(self, tokens: Tensor, need_attention: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -66,18 +71,94 @@ class DecodeState:
         self.state.keep(sentences)
 
 
+class ContinuationState(DecodeState):
+    """Texts being continued."""
+
+    def __init__(self, decoder: IncrementalDecoder, features: Tensor | None, keys_values: list[Tensor],
+                 packing: Packing, beam: int) -> None:
+        super().__init__(decoder, decoder.resume(keys_values, packing, beam))
+        self.reader, self.features = decoder, features
+
+    @torch.no_grad()
+    def context_log_probabilities(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Of each token of the texts but the first, (T - 1,) fp32 each; before any of them has left."""
+        lengths = [len(text) - 1 for text in texts]
+        if self.features is None:
+            return [torch.zeros(0) for _ in texts]
+        words = torch.cat([text[1:] for text in texts]).to(self.features.device)
+        found = [-F.cross_entropy(self.reader.logits(rows).float(), some, reduction="none") for rows, some in
+                 zip(torch.split(self.features, _ROWS), torch.split(words, _ROWS), strict=True)]
+        return list(torch.split(torch.cat(found), lengths))
+
+
+class LanguageModel:
+    """A decoder without encoder on one device, in one dtype; its sources are the texts that it continues."""
+
+    def __init__(self, model: ModelFile, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        self.config, self.device, self.dtype = model.config, torch.device(device), dtype
+        decoder = load_layers(model, self.device, dtype)[1]
+        assert decoder is not None, model.config.stacks
+        self.decoder = IncrementalDecoder(decoder)
+        self.encoder = ContextReader(self.decoder)
+        decoder.layers = torch.nn.ModuleList()  # fused copies have taken their place
+
+    @torch.no_grad()
+    def encode(self, src_tokens: Sequence[Tensor], beam: int, max_steps: int) -> ContinuationState:
+        """Texts, each 1-D int64 of one token at least, without padding -> the state before their last token is fed."""
+        lengths = [len(text) - 1 for text in src_tokens]
+        packing = Packing.of_lengths(lengths, self.device)
+        tokens = torch.cat(list(src_tokens)).to(self.device)
+        ends = torch.tensor([len(text) for text in src_tokens]).cumsum(0) - 1
+        fed = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, ends, False).to(self.device)
+        features, keys_values = self.decoder.read(tokens[fed], packing) if packing.width else (None, [])
+        return ContinuationState(self.decoder, features, keys_values, packing, beam)
+
+    @torch.no_grad()
+    def log_probabilities(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Of each token of each text (T,) int64 but the first, (T - 1,) fp32 on the model's device."""
+        state = self.encode(texts, 1, 0)
+        return state.context_log_probabilities(texts)
+
+
+class ContextReader:
+    """What a search that stays on the device asks of a language model in place of an encoder."""
+
+    def __init__(self, decoder: IncrementalDecoder) -> None:
+        self.decoder = decoder
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Packed texts (N,) int64 -> (N, E + 2 * L * C): the embedding of each token without position, and the keys and
+        values of each layer, see DecodeStep.start."""
+        _, keys_values = self.decoder.read(tokens, packing)
+        return torch.cat([self.decoder.embeddings[tokens], *(each.flatten(1) for each in keys_values)], 1)
+
+
+def load_model(model: ModelFile, device: torch.device | str, dtype: torch.dtype) -> Transformer | LanguageModel:
+    """What generates; GenerationError for a model that has no decoder."""
+    if not model.config.has_decoder:
+        raise GenerationError("an encoder alone generates nothing; lightseq_fairseq.inference.Bert gives its outputs")
+    return Transformer(model, device, dtype) if model.config.has_encoder else LanguageModel(model, device, dtype)
+
+
 def load_layers(model: ModelFile, device: torch.device,
-                 dtype: torch.dtype) -> tuple[TransformerEncoder, TransformerDecoder]:
-    """The packed encoder and decoder of a model file, without gradients."""
+                dtype: torch.dtype) -> tuple[TransformerEncoder | None, TransformerDecoder | None]:
+    """The packed encoder and decoder of a model file, without gradients; None for what it has not."""
     config: TransformerConfig = model.config
+    encoder = decoder = None
     with torch.device("meta"):
-        source = token_embedding(config.src_vocab_size, config.encoder_embed_dim, config.pad)
-        target = token_embedding(config.tgt_vocab_size, config.input_dim, config.pad)
-        encoder, decoder = TransformerEncoder(config, source), TransformerDecoder(config, target)
+        if config.has_encoder:
+            encoder = TransformerEncoder(config, token_embedding(config.src_vocab_size, config.encoder_embed_dim,
+                                                                 config.pad))
+        if config.has_decoder:
+            decoder = TransformerDecoder(config, token_embedding(config.tgt_vocab_size, config.input_dim, config.pad))
     moved: dict[int, Tensor] = {}  # tied names share one tensor, on the device too
-    for name, stack in (("encoder.", encoder), ("decoder.", decoder)):
-        state = {key.removeprefix(name): moved.setdefault(id(tensor), tensor.to(device, dtype))
-                 for key, tensor in model.tensors.items() if key.startswith(name)}
-        stack.load_state_dict(state, assign=True)
-        stack.requires_grad_(False).eval()
+    stacks: tuple[tuple[str, nn.Module | None], ...] = (("encoder.", encoder), ("decoder.", decoder))
+    for name, stack in stacks:
+        if stack is not None:
+            state = {key.removeprefix(name): moved.setdefault(id(tensor), tensor.to(device, dtype))
+                     for key, tensor in model.tensors.items() if key.startswith(name)}
+            stack.load_state_dict(state, assign=True)
+            stack.requires_grad_(False).eval()
     return encoder, decoder

@@ -58,6 +58,12 @@ class GenerationOptions:
     """See ``max_len_a``."""
     match_source_len: bool = False
     """eos is impossible before step src_len and costs nothing from then on, for tagging; ``max_len_*`` are ignored."""
+    force_eos: bool = True
+    """What happens to a hypothesis at its limit: True makes eos its last token, as fairseq does; False cuts it one
+    token earlier, without eos, as Hugging Face does."""
+    include_context: bool = False
+    """For language models: hypotheses begin with the text that they continue, its first token left out, whose tokens
+    count in scores and lengths, as in fairseq-generate. False leaves it out of everything, as Hugging Face does."""
     unkpen: float = 0.0
     """``log p(unk) -= unkpen``."""
     temperature: float = 1.0

@@ -28,7 +28,12 @@ class Scorer:
         for member in models[1:]:
             check_same_vocabulary(models[0], member)
         self.config, self.device = models[0].config, torch.device(device)
-        self.models = [load_layers(model, self.device, dtype) for model in models]
+        if self.config.stacks != "encoder-decoder":
+            raise GenerationError("only an encoder-decoder model scores translations; "
+                                  "lightseq_fairseq.inference.Gpt.ppl scores texts")
+        self.models = [(encoder, decoder) for encoder, decoder in
+                       (load_layers(model, self.device, dtype) for model in models)
+                       if encoder is not None and decoder is not None]
 
     @torch.no_grad()
     def score(self, src_tokens: Sequence[Tensor], targets: Sequence[Tensor], attention: bool = False,

@@ -1,5 +1,7 @@
 """Decoding token by token: a decoder with its weights fixed and fused, and the state of one batch.
 
+A decoder without encoder reads the texts that it is to continue in one pass, which leaves their keys and values.
+
 Keys and values are written once and never move. Beam k's history is a path through the slots of its sentence,
 kept as a table of ancestors; the table becomes the mask of one attention over all slots of the sentence. With
 K beams that computes K times the scores that are needed, which is far less than the projections around it, and
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightseq_fairseq.layers.decoder import TransformerDecoder, TransformerDecoderLayer
-from lightseq_fairseq.layers.inference import InferenceNorm, fused_qkv, scaled_query
+from lightseq_fairseq.layers.inference import InferenceLayer, InferenceNorm, read_layers, scaled_query
 from lightseq_fairseq.layers.packing import Packing
 from lightseq_fairseq.ops import InferenceLinear
 
@@ -24,23 +26,16 @@ _FIRST_CAPACITY = 32
 """Steps a cache has room for at first; it doubles when full."""
 
 
-class _DecoderLayer:
+class _DecoderLayer(InferenceLayer):
     """One decoder layer with q, k, v as one GEMM and bias and activation inside the GEMMs."""
 
     def __init__(self, layer: TransformerDecoderLayer) -> None:
-        attention = layer.self_attn
-        self.heads, self.head_dim, self.width = attention.num_heads, attention.head_dim, attention.embed_dim
-        self.normalize_before = layer.normalize_before
-        self.qkv, self.out = fused_qkv(attention), InferenceLinear(attention.out_proj.weight, attention.out_proj.bias)
-        self.self_norm = InferenceNorm(layer.self_attn_layer_norm)
+        super().__init__(layer)
         self.cross_q: InferenceLinear | None = None
         if layer.encoder_attn is not None and layer.encoder_attn_layer_norm is not None:
             self.cross_q = InferenceLinear(*scaled_query(layer.encoder_attn))
             self.cross_out = InferenceLinear(layer.encoder_attn.out_proj.weight, layer.encoder_attn.out_proj.bias)
             self.cross_norm = InferenceNorm(layer.encoder_attn_layer_norm)
-        self.fc1 = InferenceLinear(layer.fc1.weight, layer.fc1.bias, layer.activation)
-        self.fc2 = InferenceLinear(layer.fc2.weight, layer.fc2.bias)
-        self.final_norm = InferenceNorm(layer.final_layer_norm)
 
     def step(self, x: Tensor, state: IncrementalState, index: int) -> Tensor:
         """(B * K', C) -> (B * K', C), writing this token's keys and values into ``state``."""
@@ -89,6 +84,7 @@ class IncrementalDecoder:
         ) if self.config.cross_self_attention else None
         projection = decoder.output_projection
         self.output = InferenceLinear(projection.weight, projection.bias)
+        self.last_norm = None if decoder.layer_norm is None else InferenceNorm(decoder.layer_norm)
         weight = decoder.embed_tokens.weight
         self.embeddings = weight if decoder.embed_scale == 1.0 else weight * decoder.embed_scale
 
@@ -105,7 +101,7 @@ class IncrementalDecoder:
         With ``need_attention`` the last layer's attention is left in ``state.attention``.
         """
         state.advance(tokens.size(1), len(self.layers) - 1 if need_attention else None)
-        x = self._embed(tokens.reshape(-1), state.steps - 1)
+        x = self._embed(tokens.reshape(-1), state)
         for index, layer in enumerate(self.layers):
             x = layer.step(x, state, index)
         return self.decoder.finish(x)
@@ -118,13 +114,35 @@ class IncrementalDecoder:
         """(R, output_dim) -> (R, V)."""
         return self.output(features)
 
-    def _embed(self, tokens: Tensor, position: int) -> Tensor:
+    @torch.no_grad()
+    def read(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, list[Tensor]]:
+        """Packed texts (N,) int64 in one pass, without cross-attention -> features (N, output_dim) of what follows each
+        token, and keys and values of each layer, (N, 2, H, D)."""
+        x = self.decoder.embed(tokens, packing.positions, packing.width)
+        keys_values: list[Tensor] = []
+        x = read_layers(self.layers, x, packing, True, self.last_norm, keys_values)
+        project = self.decoder.project_out_dim
+        return x if project is None else project(x), keys_values
+
+    def resume(self, keys_values: list[Tensor], packing: Packing, beam: int) -> IncrementalState:
+        """The state behind texts that were read; each continues from its own position."""
+        state = IncrementalState(self, packing.batch, beam)
+        if packing.width:
+            state.continue_from(keys_values, packing)
+        return state
+
+    def _embed(self, tokens: Tensor, state: IncrementalState) -> Tensor:
+        """(B * K',) -> (B * K', C)."""
         decoder = self.decoder
         x = self.embeddings[tokens]
         x = x if decoder.project_in_dim is None else decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            table = decoder.embed_positions.upto(position + 1, self.embeddings)
-            x = x + table[decoder.embed_positions.offset + position]
+            table = decoder.embed_positions.upto(state.longest + state.steps, self.embeddings)
+            position = decoder.embed_positions.offset + state.steps - 1
+            if state.read_before is None:
+                x = x + table[position]
+            else:
+                x = x + table[position + state.read_before.repeat_interleave(tokens.numel() // state.batch)]
         return x if decoder.layernorm_embedding is None else decoder.layernorm_embedding(x)
 
 
@@ -145,6 +163,8 @@ class IncrementalState:
         self.self_mask: Tensor | None = None
         self.attention: Tensor | None = None
         self.attention_layer: int | None = None
+        self.read_before: Tensor | None = None  # (B,) int64: tokens of each text that were read at once, None for none
+        self.longest = 0  # of these
         weight = model.embeddings
         self.dtype, self.device = weight.dtype, weight.device
         own = torch.full((beam, beam), float("-inf"), dtype=self.dtype, device=self.device)
@@ -163,6 +183,21 @@ class IncrementalState:
             self.prefix = self.capacity = packing.width
             seen = source.new_zeros(1) if self.source_mask is None else self.source_mask
             self.self_mask = seen.expand(self.batch, 1, 1, self.prefix)
+
+    def continue_from(self, keys_values: list[Tensor], packing: Packing) -> None:
+        """Texts that were read come first in every history: keys and values (N, 2, H, D) of each layer."""
+        packing = packing.flush_left()
+        padded = [packing.unpack(each.flatten(1)).view(packing.batch, packing.width, *each.shape[1:])
+                  for each in keys_values]  # (B, S, 2, H, D)
+        self.slabs = [each.permute(2, 0, 3, 1, 4).contiguous() for each in padded]
+        self.prefix = self.capacity = self.longest = packing.width
+        self.read_before = packing.cu_seqlens.diff().long()
+        if packing.rows is not None:
+            unread = torch.arange(self.prefix, device=self.device) >= self.read_before[:, None]
+            mask = torch.zeros(unread.shape, dtype=self.dtype, device=self.device)
+            self.self_mask = mask.masked_fill_(unread, float("-inf")).view(self.batch, 1, 1, self.prefix)
+        elif self.beam > 1:
+            self.self_mask = torch.zeros(self.batch, 1, 1, self.prefix, dtype=self.dtype, device=self.device)
 
     def _project(self, projection: InferenceLinear, source: Tensor, packing: Packing) -> list[Tensor]:
         """Keys and values of every layer, each (2, B, H, S, D)."""
@@ -214,6 +249,8 @@ class IncrementalState:
     def keep(self, sentences: Tensor) -> None:
         """Only these sentences go on, in this order, (B',) int64; repeating one is allowed."""
         self.batch = sentences.numel()
+        if self.read_before is not None:
+            self.read_before = self.read_before.index_select(0, sentences)
         used = self.prefix + self.steps * self.beam
         self.slabs = [self._chosen(slab, sentences, used) for slab in self.slabs]
         self.cross = [kv.index_select(1, sentences) for kv in self.cross]
