@@ -70,13 +70,15 @@ install_torch() {
 
 # fairseq compiles against the torch of .venv: without build isolation, which would fetch a torch of its own. Less
 # optimisation halves the time it takes; its hot loops ask for -O3 themselves. Its CUDA extensions, which CUDA_HOME
-# would ask for, are not used (ours find nvcc on the PATH).
+# would ask for, are not used (ours find nvcc on the PATH). The torchaudio it names is often of another build than torch:
+# one that cannot be loaded goes, because transformers would load it.
 install_packages() {
   local extras=test
   "$venv/bin/python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("fairseq"))' ||
     extras=test,fairseq
   env -u CUDA_HOME PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH" CFLAGS="${CFLAGS:-} -O1 -g0" \
-    "$venv/bin/python" -m pip install --no-build-isolation --editable "${root}[$extras]"
+    "$venv/bin/python" -m pip install --no-build-isolation --editable "${root}[$extras]" &&
+    { "$venv/bin/python" -c 'import torchaudio' || "$venv/bin/python" -m pip uninstall --yes torchaudio; }
 }
 
 set_up() {

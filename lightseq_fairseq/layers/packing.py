@@ -41,6 +41,13 @@ class Packing:
         return cls(None if rows.numel() == tokens.numel() else rows, cu_seqlens, positions, batch, width)
 
     @classmethod
+    def full(cls, batch: int, width: int, device: torch.device | str = "cpu") -> Packing:
+        """Packing of ``batch`` sentences of ``width`` tokens each, without padding."""
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * width
+        positions = torch.arange(width, device=device).repeat(batch)
+        return cls(None, cu_seqlens, positions, batch, width)
+
+    @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
         """Packing of right-padded sentences of these lengths, already laid one after the other."""
         counts = torch.tensor(lengths, dtype=torch.int64)
@@ -52,6 +59,11 @@ class Packing:
         positions = rows % max(width, 1)
         full = rows.numel() == real.numel()
         return cls(None if full else rows.to(device), cu_seqlens.to(device), positions.to(device), len(lengths), width)
+
+    @property
+    def count(self) -> int:
+        """N, the tokens."""
+        return self.positions.numel()
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, T, ...) -> (N, ...)."""

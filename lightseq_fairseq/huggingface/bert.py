@@ -1,0 +1,157 @@
+"""Layers of Hugging Face's BERT and RoBERTa as ours: post-LN, without cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.models.bert import modeling_bert
+from transformers.models.roberta import modeling_roberta
+
+from lightseq_fairseq.huggingface.caching_attention import CachingAttention
+from lightseq_fairseq.huggingface.checks import ACTIVATIONS, activation_problems, type_problems
+from lightseq_fairseq.huggingface.packed_layer import SelfAttentionLayer
+from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
+
+_LINEAR = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+           "intermediate.dense", "output.dense")
+
+
+class _Attention(CachingAttention):
+    """Our attention over the modules of BertAttention: ``self`` with q, k and v, ``output`` with the projection."""
+
+    @property
+    def _inner(self) -> Any:
+        return self._modules["self"]
+
+    @property
+    def layer_idx(self) -> int:
+        return self._inner.layer_idx
+
+    @property
+    def q_proj(self) -> nn.Linear:
+        return self._inner.query
+
+    @property
+    def k_proj(self) -> nn.Linear:
+        return self._inner.key
+
+    @property
+    def v_proj(self) -> nn.Linear:
+        return self._inner.value
+
+    @property
+    def out_proj(self) -> Any:
+        return self.output.dense
+
+    @property
+    def num_heads(self) -> int:
+        return self._inner.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self._inner.attention_head_size
+
+    @property
+    def scaling(self) -> float:
+        return self._inner.scaling
+
+    @property
+    def dropout(self) -> float:
+        return active_p(self._inner.dropout)
+
+
+class BertAttention(_Attention, modeling_bert.BertAttention):
+    """BertAttention's modules under our computation."""
+
+    original = modeling_bert.BertAttention
+
+
+class RobertaAttention(_Attention, modeling_roberta.RobertaAttention):
+    """RobertaAttention's modules under our computation."""
+
+    original = modeling_roberta.RobertaAttention
+
+
+class _Layer(SelfAttentionLayer, TransformerDecoderLayer):
+    """Our layer over the modules of BertLayer."""
+
+    argument_names = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+    normalize_before = False
+
+    @classmethod
+    def problems(cls, layer: Any) -> list[str]:
+        """Why ``layer``, Hugging Face's, cannot be replaced."""
+        config = layer.attention.self.config
+        wrong = type_problems(layer, nn.Linear, *_LINEAR)
+        wrong += type_problems(layer, nn.LayerNorm, "attention.output.LayerNorm", "output.LayerNorm")
+        wrong += activation_problems(config.hidden_act)
+        if layer.add_cross_attention:
+            wrong.append("cross-attention (add_cross_attention; BART has layers with it)")
+        if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
+            wrong.append(f"position_embedding_type {config.position_embedding_type!r} (only absolute positions)")
+        inner = layer.attention.self
+        if inner.all_head_size != layer.attention.output.dense.out_features:
+            wrong.append(f"{inner.num_attention_heads} heads of {inner.attention_head_size}, which is less than the "
+                         "width: pruned heads")
+        if layer.chunk_size_feed_forward:
+            wrong.append(f"chunk_size_feed_forward {layer.chunk_size_feed_forward} (set it to 0)")
+        if layer.attention.output.dropout.p != layer.output.dropout.p:
+            wrong.append("two dropout probabilities, "
+                         f"{layer.attention.output.dropout.p} behind attention and {layer.output.dropout.p} at the end")
+        return wrong
+
+    @property
+    def causal(self) -> Any:
+        return self.is_decoder
+
+    @property
+    def self_attn(self) -> Any:
+        return self.attention
+
+    @property
+    def self_attn_layer_norm(self) -> Any:
+        return self.attention.output.LayerNorm
+
+    @property
+    def final_layer_norm(self) -> Any:
+        return self.output.LayerNorm
+
+    @property
+    def fc1(self) -> Any:
+        return self.intermediate.dense
+
+    @property
+    def fc2(self) -> Any:
+        return self.output.dense
+
+    @property
+    def activation(self) -> str:
+        return ACTIVATIONS[self.attention.self.config.hidden_act]
+
+    @property
+    def dropout(self) -> float:
+        return active_p(self.output.dropout)
+
+
+class BertLayer(_Layer, modeling_bert.BertLayer):
+    """BertLayer's modules under our computation."""
+
+    original = modeling_bert.BertLayer
+
+
+class RobertaLayer(_Layer, modeling_roberta.RobertaLayer):
+    """RobertaLayer's modules under our computation."""
+
+    original = modeling_roberta.RobertaLayer
+
+
+def active_p(dropout: Any) -> float:
+    """The probability of an nn.Dropout, 0 where it has been put to eval by itself."""
+    return float(dropout.p) if dropout.training else 0.0
+
+
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_bert.BertLayer: BertLayer, modeling_bert.BertAttention: BertAttention,
+    modeling_roberta.RobertaLayer: RobertaLayer, modeling_roberta.RobertaAttention: RobertaAttention}
+"""Hugging Face's classes and those that take their place."""

@@ -1,0 +1,286 @@
+"""Forward and backward of a whole stack as two CUDA graphs for each size of batch, inside any training loop.
+
+A thousand launches from the host become two. What replays is what the layers do one by one, on copies of its inputs:
+packed tokens, filled up with rows that belong to no sentence, where sentences begin, and the seeds of the dropouts.
+Gradients come out as those of any autograd function. A forward pass whose backward pass is still to come keeps its
+graph's memory, so that until then others run layer by layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightseq_fairseq.huggingface.packed_layer import LayerInputs, PackedLayer, Run
+from lightseq_fairseq.layers import Packing
+
+logger = logging.getLogger(__name__)
+
+_STEPS = 8
+"""Sizes for which graphs are made between a number of tokens and its double: at most 1 / 8 of a batch is filling."""
+_LEAST = 64
+_MOST_GRAPHS = 48
+"""Of one stack; batches of yet other sizes run layer by layer."""
+
+
+class Size(NamedTuple):
+    """What a graph is made for."""
+
+    rows: int
+    sentences: int
+    width: int
+    source_rows: int
+    """0 where there is no source, as ``source_width``."""
+    source_width: int
+    dtype: torch.dtype
+    source_dtype: torch.dtype | None
+    inputs_need_grad: tuple[bool, bool]
+    autocast: torch.dtype | None
+    dropouts: tuple[tuple[float, ...], ...]
+    """Of each layer; all 0 outside training."""
+    layers: tuple[int, ...]
+    """Their ids, in their order."""
+
+
+def rounded(count: int) -> int:
+    """The least size for which there is a graph that holds ``count`` tokens."""
+    step = max(_LEAST, (1 << max(count - 1, 1).bit_length()) // 2 // _STEPS)
+    return -(-count // step) * step
+
+
+class _Passes(NamedTuple):
+    """The two passes of one size, and the buffers that they read and write."""
+
+    forward: Callable[[], None]
+    backward: Callable[[], None]
+    x: Tensor
+    """(rows, C)"""
+    edge: Tensor
+    """(rows, C): the output, then its gradient, then the gradient of ``x``."""
+    source: Tensor | None
+    dsource: Tensor | None
+    cu_seqlens: Tensor
+    source_cu_seqlens: Tensor | None
+    seeds: Tensor | None
+
+
+class GraphedStack:
+    """Graphs of one stack; ``devices`` are the device types on which they are used.
+
+    On a device without graphs the same functions run one kernel after another, which is for tests. Copies and pickles
+    begin without graphs.
+    """
+
+    devices = ("cuda",)
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedStack, ()
+
+    def _forget(self) -> None:
+        self.params: list[Tensor] = []
+        self.addresses: list[tuple[int, bool]] = []
+        self.passes: dict[Size, _Passes] = {}
+        self.seen: set[tuple[Any, ...]] = set()
+        self.pool: Any = None
+        self.awaiting: weakref.ref[_Turn] | None = None
+
+    def replay_for(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor,
+                   params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """What computes ``run`` from the packed input of the first of ``layers`` to the output of the last; None where
+        they have to be called. ``params`` are all of their parameters."""
+        if hidden_states.device.type not in self.devices or not torch.is_grad_enabled():
+            return None
+        trained = [param for param in params if param.requires_grad]
+        source = run.source
+        if not (trained or hidden_states.requires_grad or (source is not None and source.requires_grad)):
+            return None
+        obstacle = self._obstacle(layers, run, hidden_states, params)
+        if obstacle is not None:
+            logger.debug("layers run one by one, because %s", obstacle)
+            return None
+        self._adopt(params)
+        device = hidden_states.device.type
+        size = Size(rounded(run.packing.count), run.packing.batch, -(-run.packing.width // _LEAST) * _LEAST,
+                    0 if source is None else rounded(source.size(0)),
+                    0 if run.source_packing is None else -(-run.source_packing.width // _LEAST) * _LEAST,
+                    hidden_states.dtype, None if source is None else source.dtype,
+                    (hidden_states.requires_grad, source is not None and source.requires_grad),
+                    torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+                    tuple(layer.dropouts() for layer in layers), tuple(map(id, layers)))
+        kind = size[5:]
+        if kind not in self.seen:  # libraries set themselves up in the first step of its kind
+            self.seen.add(kind)
+            return None
+        if size not in self.passes and len(self.passes) == _MOST_GRAPHS:
+            logger.debug("layers run one by one, because there are %d graphs of other sizes", _MOST_GRAPHS)
+            return None
+        if size not in self.passes:
+            self.passes[size] = self._capture(size, layers, run, hidden_states)
+
+        def replay(x: Tensor) -> Tensor:
+            turn = _Turn(self, self.passes[size], run)
+            self.awaiting = weakref.ref(turn)
+            y: Tensor = _Replay.apply(turn, x, source, *self.params)  # type: ignore[no-untyped-call]
+            return y
+
+        return replay
+
+    def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor,
+                  params: list[Tensor]) -> str | None:
+        awaited = self.awaiting() if self.awaiting is not None else None
+        obstacles = {
+            "an earlier forward pass still awaits its backward pass": awaited is not None and not awaited.over,
+            "keys and values are kept": run.inputs.past_key_values is not None,
+            "there are no tokens": run.packing.count == 0,
+            "activations are checkpointed":
+                any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers),
+            "the model is a replica": any(getattr(layer, "_is_replica", False) for layer in layers),
+            "the caller captures a graph": hidden_states.is_cuda and torch.cuda.is_current_stream_capturing(),
+            "parameters are elsewhere": any(param.device != hidden_states.device for param in params),
+        }
+        return next((words for words, holds in obstacles.items() if holds), None)
+
+    def _adopt(self, params: list[Tensor]) -> None:
+        """Start anew where the memory of a parameter is another than that which graphs refer to."""
+        addresses = [(param.data_ptr(), param.requires_grad) for param in params]
+        if addresses == self.addresses:
+            return
+        self._forget()
+        self.addresses, self.params = addresses, [param for param in params if param.requires_grad]
+        self.flat = {dtype: torch.zeros(sum(param.numel() for param in self.params if param.dtype == dtype),
+                                        dtype=dtype, device=params[0].device)
+                     for dtype in {param.dtype for param in self.params}}
+        self.grads = self.views(self.flat)
+        self.used: list[bool] = []
+
+    def views(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
+        """The parts of ``flat``, one tensor for each type, that belong to the parameters."""
+        parts = {dtype: iter(torch.split(tensor, [param.numel() for param in self.params if param.dtype == dtype]))
+                 for dtype, tensor in flat.items()}
+        return [next(parts[param.dtype]).view(param.shape) for param in self.params]
+
+    def _capture(self, size: Size, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor) -> _Passes:
+        """The passes of ``size``; on CUDA as graphs, which share their memory, as their turns do not overlap."""
+        device, dim = hidden_states.device, hidden_states.size(-1)
+        zeros: Callable[..., Tensor] = torch.zeros
+        x = zeros(size.rows, dim, dtype=size.dtype, device=device)
+        source = dsource = source_cu = None
+        if run.source is not None:
+            source = zeros(size.source_rows, run.source.size(-1), dtype=size.source_dtype, device=device)
+            dsource = torch.zeros_like(source)
+            source_cu = zeros(size.sentences + 1, dtype=torch.int32, device=device)
+        passes = _Passes(lambda: None, lambda: None, x, torch.zeros_like(x), source, dsource,
+                         zeros(size.sentences + 1, dtype=torch.int32, device=device), source_cu,
+                         None if run.seeds is None else torch.zeros_like(run.seeds))
+        functions = self._functions(size, passes, layers, run.causal)
+        if not hidden_states.is_cuda:
+            return passes._replace(forward=functions[0], backward=functions[1])
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        graphs = []
+        # on this thread: autograd's own would capture elsewhere
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            for work in functions:
+                graphs.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(graphs[-1], self.pool, stream, capture_error_mode="thread_local"):
+                    work()
+        return passes._replace(forward=graphs[0].replay, backward=graphs[1].replay)
+
+    def _functions(self, size: Size, passes: _Passes, layers: Sequence[PackedLayer],
+                   causal: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+        """The two passes, the second of which needs what the first has left behind."""
+        nobody = passes.cu_seqlens[:0].long()
+        packing = Packing(None, passes.cu_seqlens, nobody, size.sentences, size.width)
+        source_packing = None
+        if passes.source_cu_seqlens is not None:
+            source_packing = Packing(None, passes.source_cu_seqlens, nobody, size.sentences, size.source_width)
+        device = passes.x.device.type
+        left: list[tuple[Tensor, list[Tensor]]] = []
+
+        def forward() -> None:
+            x = passes.x.detach().requires_grad_(size.inputs_need_grad[0])
+            source = None
+            if passes.source is not None:
+                source = passes.source.detach().requires_grad_(size.inputs_need_grad[1])
+            inputs = [tensor for tensor in (x, source) if tensor is not None and tensor.requires_grad]
+            run = Run(packing, source_packing, causal, passes.seeds, True, LayerInputs(), source)
+            # casts that autocast keeps would be the graph's memory
+            with torch.autocast(device, size.autocast, enabled=size.autocast is not None, cache_enabled=False):
+                for layer in layers:
+                    x = layer.compute(x, source, run, run.next_seeds())
+            passes.edge.copy_(x.detach())
+            left.append((x, inputs))
+
+        def backward() -> None:
+            y, inputs = left.pop()
+            grads = list(torch.autograd.grad(y, [*inputs, *self.params], passes.edge.to(y.dtype), allow_unused=True))
+            for place, needed in ((passes.edge, size.inputs_need_grad[0]), (passes.dsource, size.inputs_need_grad[1])):
+                if needed and place is not None:
+                    grad = grads.pop(0)
+                    place.zero_() if grad is None else place.copy_(grad)
+            self.used = [grad is not None for grad in grads]
+            pairs = [(place, grad) for place, grad in zip(self.grads, grads, strict=True) if grad is not None]
+            if pairs:
+                torch._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
+
+        return forward, backward
+
+
+class _Turn:
+    """A forward pass and the backward pass that belongs to it."""
+
+    def __init__(self, stack: GraphedStack, passes: _Passes, run: Run) -> None:
+        self.stack, self.passes, self.run, self.over = stack, passes, run, False
+
+
+class _Replay(torch.autograd.Function):
+    """The output of a stack as a function of its inputs (N, C) and (M, C) and of its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, turn: _Turn, x: Tensor, source: Tensor | None, *params: Tensor) -> Tensor:
+        ctx.turn, passes, run = turn, turn.passes, turn.run
+        ctx.rows, ctx.source_rows = x.size(0), 0 if source is None else source.size(0)
+        _fill(passes.x, x)
+        passes.cu_seqlens.copy_(run.packing.cu_seqlens)
+        if source is not None and run.source_packing is not None:
+            assert passes.source is not None and passes.source_cu_seqlens is not None
+            _fill(passes.source, source)
+            passes.source_cu_seqlens.copy_(run.source_packing.cu_seqlens)
+        if run.seeds is not None:
+            assert passes.seeds is not None
+            passes.seeds.copy_(run.seeds)
+        with torch.enable_grad():
+            passes.forward()
+        return passes.edge[:ctx.rows].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        turn, passes, stack = ctx.turn, ctx.turn.passes, ctx.turn.stack
+        if turn.over:
+            raise RuntimeError("the layers of this forward pass, CUDA graphs, have had their backward pass; compute it "
+                               "anew for another, or replace them by accelerate(model, graphs=False)")
+        turn.over = True
+        _fill(passes.edge, dy)
+        with torch.enable_grad():
+            passes.backward()
+        dx = passes.edge[:ctx.rows].clone() if ctx.needs_input_grad[1] else None
+        dsource = passes.dsource[:ctx.source_rows].clone() if ctx.needs_input_grad[2] else None
+        grads = stack.views({dtype: tensor.clone() for dtype, tensor in stack.flat.items()})  # autograd keeps them
+        return None, dx, dsource, *(grad if used else None for grad, used in zip(grads, stack.used, strict=True))
+
+
+def _fill(place: Tensor, rows: Tensor) -> None:
+    """``rows`` (N, ...) into ``place`` (N' >= N, ...), 0 behind them."""
+    place[:rows.size(0)].copy_(rows)
+    place[rows.size(0):].zero_()
