@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ class CachingAttention(PackedAttention, nn.Module):
 
     original: ClassVar[type[nn.Module]]
     layer_idx: int
-    filling: tuple[Packing, Any] | None = None
-    """The layout of the keys of this call and the cache that they go to."""
+    keep: Callable[[Tensor], object] | None = None
+    """Is handed keys and values of this call, (N, 2, H, D)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's, or ours where a Packing comes second."""
@@ -25,9 +26,10 @@ class CachingAttention(PackedAttention, nn.Module):
         return self.original.forward(self, x, *args, **kwargs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As our attention has it, and keys and values into the cache of this call if there is one."""
+        """As our attention has it, which keeps keys and values where asked to."""
         qkv, x = self.project_uncached(x)
-        self._fill(qkv[:, 1:])
+        if self.keep is not None:
+            self.keep(qkv[:, 1:])
         return qkv, x
 
     def project_uncached(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,14 +37,14 @@ class CachingAttention(PackedAttention, nn.Module):
         return super().project(x)
 
     def project_keys_values(self, source: Tensor) -> Tensor:
-        """As our attention has it, and into the cache of this call if there is one."""
+        """As our attention has it, and kept where asked to."""
         keys_values = super().project_keys_values(source)
-        self._fill(keys_values)
+        if self.keep is not None:
+            self.keep(keys_values)
         return keys_values
 
-    def _fill(self, keys_values: Tensor) -> None:
-        """(N, 2, H, D) into the cache, (B, H, T, D) each with 0 in empty slots."""
-        if self.filling is not None:
-            packing, cache = self.filling
-            keys, values = packing.unpack(keys_values).permute(2, 0, 3, 1, 4)  # (B, T, 2, H, D) -> 2 x (B, H, T, D)
-            cache.update(keys, values, self.layer_idx)
+
+def fill_cache(packing: Packing, cache: Any, layer_idx: int, keys_values: Tensor) -> None:
+    """Packed (N, 2, H, D) into Hugging Face's ``cache``, (B, H, T, D) each with 0 in empty slots."""
+    keys, values = packing.unpack(keys_values).permute(2, 0, 3, 1, 4)  # (B, T, 2, H, D) -> 2 x (B, H, T, D)
+    cache.update(keys, values, layer_idx)

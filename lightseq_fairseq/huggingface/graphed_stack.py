@@ -8,6 +8,7 @@ graph's memory, so that until then others run layer by layer.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.cache_utils import EncoderDecoderCache
 
+from lightseq_fairseq.huggingface.caching_attention import CachingAttention, fill_cache
 from lightseq_fairseq.huggingface.packed_layer import LayerInputs, PackedLayer, Run
 from lightseq_fairseq.layers import Packing
 
@@ -46,6 +49,8 @@ class Size(NamedTuple):
     """Of each layer; all 0 outside training."""
     layers: tuple[int, ...]
     """Their ids, in their order."""
+    keeps: bool
+    """Whether keys and values of self-attention come out too."""
 
 
 def rounded(count: int) -> int:
@@ -68,6 +73,8 @@ class _Passes(NamedTuple):
     cu_seqlens: Tensor
     source_cu_seqlens: Tensor | None
     seeds: Tensor | None
+    keys_values: Tensor | None
+    """(rows, layers, 2, H, D), where they are kept."""
 
 
 class GraphedStack:
@@ -109,13 +116,14 @@ class GraphedStack:
             return None
         self._adopt(params)
         device = hidden_states.device.type
-        size = Size(rounded(run.packing.count), run.packing.batch, -(-run.packing.width // _LEAST) * _LEAST,
+        size = Size(rounded(run.packing.count), run.packing.batch, rounded(run.packing.width),
                     0 if source is None else rounded(source.size(0)),
-                    0 if run.source_packing is None else -(-run.source_packing.width // _LEAST) * _LEAST,
+                    0 if run.source_packing is None else rounded(run.source_packing.width),
                     hidden_states.dtype, None if source is None else source.dtype,
                     (hidden_states.requires_grad, source is not None and source.requires_grad),
                     torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-                    tuple(layer.dropouts() for layer in layers), tuple(map(id, layers)))
+                    tuple(layer.dropouts() for layer in layers), tuple(map(id, layers)),
+                    run.inputs.past_key_values is not None)
         kind = size[5:]
         if kind not in self.seen:  # libraries set themselves up in the first step of its kind
             self.seen.add(kind)
@@ -129,7 +137,12 @@ class GraphedStack:
         def replay(x: Tensor) -> Tensor:
             turn = _Turn(self, self.passes[size], run)
             self.awaiting = weakref.ref(turn)
-            y: Tensor = _Replay.apply(turn, x, source, *self.params)  # type: ignore[no-untyped-call]
+            y: Tensor
+            y, keys_values = _Replay.apply(turn, x, source, *self.params)  # type: ignore[no-untyped-call]
+            if keys_values is not None:
+                for index, layer in enumerate(layers):
+                    fill_cache(run.packing, run.inputs.past_key_values, _attention(layer).layer_idx,
+                               keys_values[:, index])
             return y
 
         return replay
@@ -139,7 +152,7 @@ class GraphedStack:
         awaited = self.awaiting() if self.awaiting is not None else None
         obstacles = {
             "an earlier forward pass still awaits its backward pass": awaited is not None and not awaited.over,
-            "keys and values are kept": run.inputs.past_key_values is not None,
+            "keys and values of a source are kept": isinstance(run.inputs.past_key_values, EncoderDecoderCache),
             "there are no tokens": run.packing.count == 0,
             "activations are checkpointed":
                 any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers),
@@ -180,19 +193,24 @@ class GraphedStack:
             source_cu = zeros(size.sentences + 1, dtype=torch.int32, device=device)
         passes = _Passes(lambda: None, lambda: None, x, torch.zeros_like(x), source, dsource,
                          zeros(size.sentences + 1, dtype=torch.int32, device=device), source_cu,
-                         None if run.seeds is None else torch.zeros_like(run.seeds))
+                         None if run.seeds is None else torch.zeros_like(run.seeds), None)
+        if size.keeps:
+            attention = _attention(layers[0])
+            passes = passes._replace(keys_values=zeros(
+                size.rows, len(layers), 2, attention.num_heads, attention.head_dim, device=device,
+                dtype=size.dtype if size.autocast is None else size.autocast))
         functions = self._functions(size, passes, layers, run.causal)
         if not hidden_states.is_cuda:
             return passes._replace(forward=functions[0], backward=functions[1])
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         graphs = []
         # on this thread: autograd's own would capture elsewhere
-        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        with torch.cuda.device(device), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+                self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for work in functions:
                 graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(graphs[-1], self.pool, stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graphs[-1], self.pool, self.stream, capture_error_mode="thread_local"):
                     work()
         return passes._replace(forward=graphs[0].replay, backward=graphs[1].replay)
 
@@ -216,8 +234,15 @@ class GraphedStack:
             run = Run(packing, source_packing, causal, passes.seeds, True, LayerInputs(), source)
             # casts that autocast keeps would be the graph's memory
             with torch.autocast(device, size.autocast, enabled=size.autocast is not None, cache_enabled=False):
-                for layer in layers:
-                    x = layer.compute(x, source, run, run.next_seeds())
+                for index, layer in enumerate(layers):
+                    if passes.keys_values is None:
+                        x = layer.compute(x, source, run, run.next_seeds())
+                        continue
+                    _attention(layer).keep = functools.partial(_copy_values, passes.keys_values[:, index])
+                    try:
+                        x = layer.compute(x, source, run, run.next_seeds())
+                    finally:
+                        _attention(layer).keep = None
             passes.edge.copy_(x.detach())
             left.append((x, inputs))
 
@@ -244,10 +269,11 @@ class _Turn:
 
 
 class _Replay(torch.autograd.Function):
-    """The output of a stack as a function of its inputs (N, C) and (M, C) and of its parameters."""
+    """The output of a stack, and keys and values where kept, of its inputs (N, C) and (M, C) and its parameters."""
 
     @staticmethod
-    def forward(ctx: Any, turn: _Turn, x: Tensor, source: Tensor | None, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, turn: _Turn, x: Tensor, source: Tensor | None,
+                *params: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.turn, passes, run = turn, turn.passes, turn.run
         ctx.rows, ctx.source_rows = x.size(0), 0 if source is None else source.size(0)
         _fill(passes.x, x)
@@ -261,16 +287,23 @@ class _Replay(torch.autograd.Function):
             passes.seeds.copy_(run.seeds)
         with torch.enable_grad():
             passes.forward()
-        return passes.edge[:ctx.rows].clone()
+        ctx.set_materialize_grads(False)
+        return (passes.edge[:ctx.rows].clone(),
+                None if passes.keys_values is None else passes.keys_values[:ctx.rows].clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dkeys_values: Tensor | None) -> tuple[Tensor | None, ...]:
         turn, passes, stack = ctx.turn, ctx.turn.passes, ctx.turn.stack
+        if dkeys_values is not None:
+            raise RuntimeError("gradients through past_key_values are not to be had from CUDA graphs; replace the "
+                               "layers by accelerate(model, graphs=False)")
         if turn.over:
             raise RuntimeError("the layers of this forward pass, CUDA graphs, have had their backward pass; compute it "
                                "anew for another, or replace them by accelerate(model, graphs=False)")
         turn.over = True
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         _fill(passes.edge, dy)
         with torch.enable_grad():
             passes.backward()
@@ -284,3 +317,14 @@ def _fill(place: Tensor, rows: Tensor) -> None:
     """``rows`` (N, ...) into ``place`` (N' >= N, ...), 0 behind them."""
     place[:rows.size(0)].copy_(rows)
     place[rows.size(0):].zero_()
+
+
+def _copy_values(place: Tensor, values: Tensor) -> None:
+    """Without their history."""
+    place.copy_(values.detach())
+
+
+def _attention(layer: PackedLayer) -> CachingAttention:
+    attention = layer.self_attn
+    assert isinstance(attention, CachingAttention)
+    return attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from lightseq_fairseq.huggingface.caching_attention import fill_cache
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 
@@ -110,17 +112,17 @@ class PackedLayer(nn.Module):
             forward: Callable[..., tuple[Tensor, Tensor | None]] = TransformerDecoderLayer.forward
             return forward(layer, x, run.packing, source, run.source_packing, causal=run.causal, seeds=seeds)[0]
         both = isinstance(cache, EncoderDecoderCache)
-        attentions = [layer.self_attn]
-        layer.self_attn.filling = run.packing, cache.self_attention_cache if both else cache
-        if source is not None:
-            attentions.append(self.encoder_attn)
-            self.encoder_attn.filling = run.source_packing, cache.cross_attention_cache
+        keepers = [(layer.self_attn, run.packing, cache.self_attention_cache if both else cache)]
+        if source is not None and run.source_packing is not None:
+            keepers.append((self.encoder_attn, run.source_packing, cache.cross_attention_cache))
             cache.is_updated[self.encoder_attn.layer_idx] = True
         try:
-            return self.compute(x, source, run, seeds, None)
+            for attention, packing, part in keepers:
+                attention.keep = functools.partial(fill_cache, packing, part, attention.layer_idx)
+            return self.compute(x, source, run, seeds)
         finally:
-            for attention in attentions:
-                attention.filling = None
+            for attention, *_ in keepers:
+                attention.keep = None
 
     def dropouts(self) -> tuple[float, ...]:
         """The probabilities of this layer's dropouts now."""
