@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "scripts" / "examples"
 
 
@@ -29,3 +31,11 @@ def test_train_from_layers(tmp_path):
     generator = Generator.load(tmp_path / "numbers.pb")
     translation = generator.translate(["three hundred twenty four thousand one hundred nine"])[0].split()
     assert {"hundert", "tausend"} <= set(translation)
+
+
+@pytest.mark.parametrize("name", ["huggingface_classify.py", "huggingface_tag.py"])
+def test_fine_tuning_bert(name, request):
+    printed = run(name, "--device", request.config.getoption("--device"), HF_HUB_OFFLINE="1")
+    assert "bert.encoder.layer: 2 BertLayer" in printed
+    accuracy, chance = (float(value) for value in re.search(r"accuracy (\S+) of .*: (\d\.\d+)\)", printed).groups())
+    assert chance < 0.7 < 0.9 < accuracy
