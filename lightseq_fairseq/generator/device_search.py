@@ -28,6 +28,7 @@ from lightseq_fairseq.generator.device_state import (
 from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
+from lightseq_fairseq.generator.refill import Refill, Slots
 from lightseq_fairseq.layers import Packing, decode_step
 from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
@@ -110,6 +111,16 @@ class DeviceSearch:
         found = read(record, max_lens, Ranking(options.lenpen, options.normalize_scores), options.nbest, config.eos)
         check_found(found)
         return found
+
+    def refill(self, slots: Slots) -> Refill:
+        """Slots for any number of sentences of options that :meth:`takes` takes."""
+        assert self.step is not None
+        return Refill(self.model.encoder, self.step, slots)
+
+    def refill_memory(self, slots: Slots) -> int:
+        """About the bytes that such slots take."""
+        assert self.step is not None
+        return Refill.memory_of(slots, self.step)
 
     def _plan(self, shape: _Shape) -> _Plan:
         assert self.step is not None

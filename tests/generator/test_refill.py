@@ -1,0 +1,159 @@
+"""Sentences that share slots get the hypotheses that they get alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from lightseq_fairseq.generator import refill as module
+from lightseq_fairseq.generator.beam_search import decode
+from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.model import Transformer
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.refill import Slots
+from tests.generator.test_device_search import MODELS, assert_same, raw_weights, sentences  # noqa: F401  a fixture
+from tests.generator.test_generator import random_model
+
+
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    monkeypatch.setattr(module, "_PAGE_TOKENS", 32)
+    monkeypatch.setattr(module, "_LEAST_PAGE", 16)
+
+
+def run(refill, src, options, prefixes=None, limits=None):
+    """What ``refill`` finds, in the order of ``src``; ``options`` are one for all, or one of each."""
+    options = [options] * len(src) if isinstance(options, GenerationOptions) else options
+    limits = limits or [o.max_len_b for o in options]
+    tickets = [refill.submit(*arguments, None if prefixes is None else prefixes[i])
+               for i, arguments in enumerate(zip(src, options, limits, strict=True))]
+    found = dict(refill.run())
+    assert refill.idle and len(refill.free_slots) == refill.slots.count
+    assert len(refill.free_pages) == refill.slots.pages and all(page.users == 0 for page in refill.free_pages)
+    return [found[ticket] for ticket in tickets]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_models(name, count, device):
+    model = Transformer(random_model(**MODELS[name]), device)
+    src, options = sentences(17), GenerationOptions(beam=3, nbest=3, max_len_b=15)
+    refill = DeviceSearch(model).refill(Slots(count, 3, 16, 12))
+    assert_same(run(refill, src, options), decode([model], src, options))
+
+
+@pytest.mark.parametrize("beam", [1, 2, 5])
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_looking_late_changes_nothing(beam, ahead, device, monkeypatch):
+    monkeypatch.setattr(module, "_LOOKS_AHEAD", ahead)
+    model = Transformer(random_model(seed=3), device)
+    src, options = sentences(40, seed=beam), GenerationOptions(beam=beam, nbest=beam, max_len_b=17)
+    for steps in (1, 3):
+        monkeypatch.setattr(module, "_STEPS_A_LOOK", steps)
+        refill = DeviceSearch(model).refill(Slots(6, beam, 18, 12))
+        assert_same(run(refill, src, options), decode([model], src, options))
+
+
+def test_options_and_limits_of_each_sentence(device):
+    model = Transformer(random_model(seed=3), device)
+    kinds = [GenerationOptions(beam=4, nbest=4), GenerationOptions(beam=2, nbest=1, lenpen=0.3, unkpen=-3.0),
+             GenerationOptions(beam=1, temperature=0.6), GenerationOptions(beam=3, nbest=2, min_len=5),
+             GenerationOptions(beam=4, normalize_scores=False, nbest=2, unkpen=50.0)]
+    src = sentences(30)
+    options, limits = [kinds[i % 5] for i in range(30)], [5 + i * 7 % 11 for i in range(30)]
+    found = run(DeviceSearch(model).refill(Slots(5, 4, 17, 12)), src, options, limits=limits)
+    for i in range(30):
+        assert_same([found[i]], decode([model], [src[i]], options[i], None, [limits[i]]))
+
+
+def test_prefixes(device):
+    model = Transformer(random_model(), device)
+    src, prefixes = sentences(9), [[7], [8, 9, 2], None, [], [5, 6], [2], [4] * 30, [3, 3], [9]]
+    options = GenerationOptions(beam=3, nbest=2, max_len_b=9)
+    found = run(DeviceSearch(model).refill(Slots(4, 3, 10, 12)), src, options, prefixes)
+    for sentence, prefix, ours in zip(src, prefixes, found, strict=True):
+        assert_same([ours], decode([model], [sentence], options, torch.tensor([prefix]) if prefix else None))
+
+
+def test_slots_serve_for_ever(device):
+    """What earlier sentences left behind must not reach later ones."""
+    model = Transformer(random_model(), device)
+    refill = DeviceSearch(model).refill(Slots(4, 4, 26, 12))
+    before = refill.memory
+    for seed, options in ((1, dict(max_len_b=20)), (8, dict(max_len_b=3, unkpen=2.0)), (3, dict(max_len_b=25)),
+                          (4, dict(max_len_b=20, beam=2, temperature=2.0))):
+        options = GenerationOptions(**{"beam": 4, "nbest": 2, **options})
+        src = sentences(11, seed)
+        assert_same(run(refill, src, options), decode([model], src, options))
+    assert refill.memory == before and f"{before / 2**20:.0f} MiB" in str(refill)
+
+
+def test_memory_is_known_beforehand(device):
+    search = DeviceSearch(Transformer(random_model(), device))
+    for slots in (Slots(3, 2, 40, 30), Slots(50, 5, 100, 64)):
+        assert search.refill(slots).memory == pytest.approx(search.refill_memory(slots), rel=0.1)
+
+
+def test_sentences_may_come_and_go_at_any_time(device):
+    """A cancelled sentence yields nothing, its slot serves the next one, and the others do not notice."""
+    model = Transformer(random_model(seed=3), device)
+    options = GenerationOptions(beam=2, nbest=2, max_len_b=17, min_len=4)
+    src, found, limits = sentences(24), {}, [4 + i * 5 % 13 for i in range(24)]
+    refill = DeviceSearch(model).refill(Slots(3, 2, 18, 12))
+    tickets = [refill.submit(src[i], options, limits[i]) for i in range(12)]
+    assert refill.cancel(tickets[10]), "while it waits"
+    found |= refill.collect()
+    under_way = [refill.live[slot][0].ticket for slot in sorted(refill.live)]
+    assert under_way and refill.cancel(under_way[0]) and not refill.cancel(under_way[0])
+    assert not refill.cancel(next(iter(found))) and not refill.cancel(999)
+    tickets += [refill.submit(src[i], options, limits[i]) for i in range(12, 24)]
+    while not refill.idle:
+        found |= refill.collect()
+    assert refill.collect() == {}
+    gone = {tickets[10], under_way[0]}
+    assert set(found) == set(tickets) - gone
+    kept = [i for i, ticket in enumerate(tickets) if ticket not in gone]
+    assert_same([found[tickets[i]] for i in kept],
+                decode([model], [src[i] for i in kept], options, None, [limits[i] for i in kept]))
+    assert sorted(refill.free_slots) == [0, 1, 2] and len(refill.free_pages) == refill.slots.pages
+
+
+def test_steps_are_full(device):
+    """Ten times as many sentences as slots take little more than a tenth of the steps that they take alone."""
+    model = Transformer(random_model(seed=3), device)
+    src, options = sentences(80), GenerationOptions(beam=2, max_len_b=17, min_len=3)
+    refill = DeviceSearch(model).refill(Slots(8, 2, 18, 12))
+    count, advance = [0], refill.advance
+
+    def counted():
+        count[0] += 1
+        advance()
+
+    refill.advance = counted
+    hypotheses = run(refill, src, options)
+    least = [max(len(h[0].tokens), 4) for h in hypotheses]
+    assert count[0] <= (sum(least) / 8 + max(least)) * 3
+
+
+def test_what_does_not_fit_is_refused(device):
+    refill = DeviceSearch(Transformer(random_model(), device)).refill(Slots(2, 2, 10, 6))
+    options = GenerationOptions(beam=2)
+    for arguments, words in (
+            (([4] * 7, options, 5), "7 source tokens exceed the 6"), (([4, 2], options, 10), "11 target tokens exceed"),
+            (([4, 2], GenerationOptions(beam=3), 5), "3 beams exceed the 2"), (([], options, 5), "no tokens"),
+            (([4, 23], options, 5), "among the 23 source types"), (([4, 2], options, 5, [29]), "29 target types"),
+            (([4, 2], GenerationOptions(beam=1, min_len=6), 5), "min_len 6 exceeds")):
+        with pytest.raises(GenerationError, match=words):
+            refill.submit(*arguments)
+    assert refill.idle
+
+
+def test_a_model_that_gives_no_numbers_has_no_hypotheses(device):
+    model = random_model()
+    broken = dataclasses.replace(model, tensors={
+        name: torch.full_like(tensor, torch.nan) if "output_projection" in name else tensor
+        for name, tensor in model.tensors.items()})
+    refill = DeviceSearch(Transformer(broken, device)).refill(Slots(2, 2, 10, 6))
+    assert run(refill, [torch.tensor([4, 2])] * 3, GenerationOptions(beam=2, max_len_b=5)) == [[], [], []]
