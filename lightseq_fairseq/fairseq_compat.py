@@ -149,6 +149,29 @@ def reset_multiply_factor() -> None:
     _FP16OptimizerMixin.zero_grad = zero_grad
 
 
+def keep_norms_beside_their_gradients() -> None:
+    """``RuntimeError: scalar tensor is expected to be on cpu but is on cuda:0`` under ``--cpu`` where there is a GPU.
+
+    fairseq gathers the gradients' norms on a GPU if there is one, wherever the gradients are.
+    """
+    from fairseq import utils
+
+    stock = utils.clip_grad_norm_
+
+    @functools.wraps(stock)
+    def clip_grad_norm_(params, max_norm, aggregate_norm_fn=None):
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        devices = [param.grad.device for param in params if getattr(param, "grad", None) is not None]
+
+        def aggregate(norm):
+            norm = norm.to(devices[0])
+            return norm if aggregate_norm_fn is None else aggregate_norm_fn(norm)
+
+        return stock(params, max_norm, aggregate)
+
+    utils.clip_grad_norm_ = clip_grad_norm_
+
+
 def keep_encoder_layers_off_the_fast_path() -> None:
     """``RuntimeError: Mask Type should be defined`` in every evaluation under fairseq 0.12.2.
 
@@ -228,6 +251,7 @@ REPAIRS = (
     restore_get_buckets,
     keep_bf16_off_the_tpu,
     reset_multiply_factor,
+    keep_norms_beside_their_gradients,
     keep_encoder_layers_off_the_fast_path,
     end_prefetching_before_exit,
     resume_with_the_batches_of_the_first_epoch,

@@ -320,3 +320,16 @@ def test_encoder_layers_leave_the_fast_path_of_0_12_2(monkeypatch):
     fairseq_compat.keep_encoder_layers_off_the_fast_path()
     layer = Layer()
     assert not layer.can_use_fastpath and not layer.BT_version
+
+
+def test_gradients_on_the_cpu_are_clipped_beside_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("only where there is a GPU does fairseq take norms to it; run with --device cuda")
+    from fairseq import utils
+
+    fairseq_compat.apply()
+    params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
+    for param in params:
+        param.grad = torch.full_like(param, 2.0)
+    assert utils.clip_grad_norm_(params, 1.0).item() == pytest.approx(20**0.5)
+    torch.testing.assert_close(params[1].grad, torch.full((3,), 2 / 20**0.5))

@@ -83,7 +83,7 @@ def test_dropout_draws_anew_every_step(run):
     dropout = ["--dropout", "0.3", "--attention-dropout", "0.1", "--no-save"]
     first, second, none = run(*OURS, *dropout), run(*OURS, *dropout), run(*OURS, "--no-save")
     assert first.losses == second.losses and graphed(first).buckets
-    assert all(abs(a - b) > 1e-4 for a, b in zip(first.losses, none.losses, strict=True))
+    assert sum(abs(a - b) for a, b in zip(first.losses, none.losses, strict=True)) > 0.05
 
 
 def test_layerdrop_runs_eagerly_and_says_so(run, caplog):
@@ -102,7 +102,10 @@ def model_and_batch(data_bin, device):
     sample = dataset.collater([dataset[i] for i in range(7)])
     sample["net_input"] = {name: value.to(device) for name, value in sample["net_input"].items()}
     sample["target"] = sample["target"].to(device)
-    return model.to(device).train(), sample
+    model.to(device).train()
+    model(**sample["net_input"], packed_output=True)[0].sum().backward()  # libraries set themselves up in eager passes
+    model.zero_grad(set_to_none=True)
+    return model, sample
 
 
 def criterion_of(model) -> GraphedCriterion:

@@ -123,14 +123,18 @@ def test_runs_move_between_stock_and_ours(run, first, then):
 
 
 def test_fairseq_without_us_goes_on_from_our_checkpoint(run, data_bin, tmp_path):
-    """fairseq-train in a process that never heard of us; 2.6's weights_only is put off, as it must be there."""
+    """fairseq-train in a process that never heard of us; 2.6's weights_only is put off, as it must be there.
+
+    It sees no GPU either: with one, its --cpu fails in clipping.
+    """
     flags = [*SIZES, *NO_DROPOUT, "--save-interval-updates", "8"]
     begun = run(*ours("transformer"), *flags)
     log = subprocess.run(
         [sys.executable, "-m", "fairseq_cli.train", str(data_bin), "--cpu", *stock("transformer"), *RECIPE, *flags,
          "--restore-file", str(begun.save_dir / "checkpoint_1_8.pt"), "--save-dir", str(tmp_path / "stock"),
          "--log-format", "json", "--log-interval", "1"],
-        env=os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}, capture_output=True, text=True, cwd=tmp_path)
+        env=os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, cwd=tmp_path)
     assert log.returncode == 0, log.stdout[-2000:] + log.stderr[-2000:]
     assert "(epoch 1 @ 8 updates)" in log.stdout and "lightseq" not in log.stdout.replace("ls_transformer", "")
     state = torch.load(tmp_path / "stock" / "checkpoint_last.pt")
