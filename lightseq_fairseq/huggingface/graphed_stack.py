@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import EncoderDecoderCache
 
@@ -110,11 +111,13 @@ class GraphedStack:
         source = run.source
         if not (trained or hidden_states.requires_grad or (source is not None and source.requires_grad)):
             return None
-        obstacle = self._obstacle(layers, run, hidden_states, params)
+        obstacle = self._obstacle(layers, run, hidden_states)
         if obstacle is not None:
             logger.debug("layers run one by one, because %s", obstacle)
             return None
-        self._adopt(params)
+        if not self._adopt(params, hidden_states.device):
+            logger.debug("layers run one by one, because parameters are on several devices")
+            return None
         device = hidden_states.device.type
         size = Size(rounded(run.packing.count), run.packing.batch, rounded(run.packing.width),
                     0 if source is None else rounded(source.size(0)),
@@ -147,8 +150,7 @@ class GraphedStack:
 
         return replay
 
-    def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor,
-                  params: list[Tensor]) -> str | None:
+    def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor) -> str | None:
         awaited = self.awaiting() if self.awaiting is not None else None
         obstacles = {
             "an earlier forward pass still awaits its backward pass": awaited is not None and not awaited.over,
@@ -158,28 +160,31 @@ class GraphedStack:
                 any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers),
             "the model is a replica": any(getattr(layer, "_is_replica", False) for layer in layers),
             "the caller captures a graph": hidden_states.is_cuda and torch.cuda.is_current_stream_capturing(),
-            "parameters are elsewhere": any(param.device != hidden_states.device for param in params),
         }
         return next((words for words, holds in obstacles.items() if holds), None)
 
-    def _adopt(self, params: list[Tensor]) -> None:
-        """Start anew where the memory of a parameter is another than that which graphs refer to."""
+    def _adopt(self, params: list[Tensor], device: torch.device) -> bool:
+        """Start anew where the memory of a parameter is another than that which graphs refer to; False where some are
+        not on ``device``."""
         addresses = [(param.data_ptr(), param.requires_grad) for param in params]
         if addresses == self.addresses:
-            return
+            return True
         self._forget()
+        if any(param.device != device for param in params):
+            return False
         self.addresses, self.params = addresses, [param for param in params if param.requires_grad]
         self.flat = {dtype: torch.zeros(sum(param.numel() for param in self.params if param.dtype == dtype),
-                                        dtype=dtype, device=params[0].device)
+                                        dtype=dtype, device=device)
                      for dtype in {param.dtype for param in self.params}}
         self.grads = self.views(self.flat)
         self.used: list[bool] = []
+        return True
 
     def views(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
         """The parts of ``flat``, one tensor for each type, that belong to the parameters."""
-        parts = {dtype: iter(torch.split(tensor, [param.numel() for param in self.params if param.dtype == dtype]))
-                 for dtype, tensor in flat.items()}
-        return [next(parts[param.dtype]).view(param.shape) for param in self.params]
+        parts = {dtype: iter(_unflatten_dense_tensors(  # type: ignore[no-untyped-call]
+            tensor, [param for param in self.params if param.dtype == dtype])) for dtype, tensor in flat.items()}
+        return [next(parts[param.dtype]) for param in self.params]
 
     def _capture(self, size: Size, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor) -> _Passes:
         """The passes of ``size``; on CUDA as graphs, which share their memory, as their turns do not overlap."""

@@ -95,8 +95,9 @@ class Stack:
         return run
 
     def _parameters(self) -> list[Tensor]:
-        return [parameter for parts in self.layer_parts for module, _ in parts
-                for parameter in module._parameters.values() if parameter is not None]
+        """Of all layers, each once."""
+        return list(dict.fromkeys(parameter for parts in self.layer_parts for module, _ in parts
+                                  for parameter in module._parameters.values() if parameter is not None))
 
     def _obstacle(self, layer: PackedLayer, hidden_states: Tensor,
                   inputs: LayerInputs) -> str | tuple[Packing, Packing | None]:

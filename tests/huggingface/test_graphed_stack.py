@@ -147,6 +147,33 @@ def test_parameters_that_move_or_freeze_are_seen(device):
     torch.testing.assert_close(out.loss, stock(**given).loss)
 
 
+def test_a_map_that_two_layers_share(device):
+    stock, ours = pair("BertForMaskedLM", device)
+    for model in (stock, ours):
+        model.bert.encoder.layer[2].intermediate.dense.weight = model.bert.encoder.layer[0].intermediate.dense.weight
+    given = batch("BertForMaskedLM", device)
+    for _ in range(2):
+        compute(stock, given), compute(ours, given)
+        assert_same_gradients(gradients(ours), gradients(stock))
+    assert sizes(ours) == 1
+
+
+def test_copies_have_graphs_of_their_own(device):
+    _, ours = pair("BertForMaskedLM", device)
+    given = batch("BertForMaskedLM", device)
+    for _ in range(2):
+        expected = compute(ours, given)
+    copied = copy.deepcopy(ours)
+    assert (sizes(ours), sizes(copied)) == (1, 0)
+    with torch.no_grad():
+        ours.bert.encoder.layer[0].output.dense.weight.zero_()
+    for _ in range(2):
+        _, loss, grads = compute(copied, given)
+        torch.testing.assert_close(loss, expected[1])
+    assert sizes(copied) == 1
+    assert grads["bert.encoder.layer.0.output.dense.weight"].any()
+
+
 def test_optimizer_steps_follow_hugging_face_s(device):
     stock, ours = pair("GPT2LMHeadModel", device)
     losses = []
