@@ -38,14 +38,14 @@ def config(family: str, **options: Any) -> transformers.PreTrainedConfig:
     return _CONFIGS[family](**tokens | sizes[family] | NO_DROPOUT[family] | options)
 
 
-def pair(kind: str, device: torch.device | str = "cpu", attention: str = "sdpa",
+def pair(kind: str, device: torch.device | str = "cpu", attention: str = "sdpa", graphs: bool = False,
          **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model of class ``kind`` with every parameter off its initial value, and a copy of it with our layers."""
     family = next(family for family in NO_DROPOUT if kind.lower().startswith(family))
     stock = getattr(transformers, kind)._from_config(config(family, **options), attn_implementation=attention)
     scramble(stock, scale=0.05)
     stock.to(device).eval()
-    return stock, accelerate(copy.deepcopy(stock))[0]
+    return stock, accelerate(copy.deepcopy(stock), graphs)[0]
 
 
 def batch(kind: str, device: torch.device | str = "cpu", side: str = "right", lengths: tuple[int, ...] = (7, 3, 9, 1),

@@ -41,7 +41,7 @@ def sizes(model) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_are_hugging_face_s(kind, device):
-    stock, ours = pair(kind, device)
+    stock, ours = pair(kind, device, graphs=True)
     for lengths in ((7, 3, 9, 1), (7, 3, 9, 1), (5, 9, 2, 8), (9, 9), (7, 3, 9, 1)):
         given = batch(kind, device, lengths=lengths)
         theirs, _, their_gradients = compute(stock, given)
@@ -55,7 +55,8 @@ def test_outputs_and_gradients_are_hugging_face_s(kind, device):
 def test_dropout_is_that_of_layers_called_one_by_one(kind, device, monkeypatch):
     if device.type == "cpu":  # the masks of the references depend on shapes
         monkeypatch.setattr(graphed_stack, "rounded", lambda count: count)
-    _, ours = pair(kind, device, **DROPOUT[next(family for family in DROPOUT if kind.lower().startswith(family))])
+    family = next(family for family in DROPOUT if kind.lower().startswith(family))
+    _, ours = pair(kind, device, graphs=True, **DROPOUT[family])
     plain = accelerate(copy.deepcopy(ours), graphs=False)[0]
     given, rounds = batch(kind, device), []
     for model in (ours, plain):
@@ -75,7 +76,7 @@ def test_dropout_is_that_of_layers_called_one_by_one(kind, device, monkeypatch):
 
 
 def test_gradients_add_up_over_batches(device):
-    stock, ours = pair("BertForMaskedLM", device)
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
     compute(ours, batch("BertForMaskedLM", device))
     for model in (stock, ours):
         model.zero_grad()
@@ -86,7 +87,7 @@ def test_gradients_add_up_over_batches(device):
 
 
 def test_a_second_forward_pass_before_backward_leaves_the_first_alone(device, caplog):
-    stock, ours = pair("BertForMaskedLM", device)
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
     given, other = batch("BertForMaskedLM", device), batch("BertForMaskedLM", device, lengths=(2, 9, 9, 4))
     compute(ours, given)
     for model in (stock, ours):
@@ -97,7 +98,7 @@ def test_a_second_forward_pass_before_backward_leaves_the_first_alone(device, ca
 
 
 def test_a_forward_pass_without_backward_is_forgotten(device, caplog):
-    _, ours = pair("BertForMaskedLM", device)
+    _, ours = pair("BertForMaskedLM", device, graphs=True)
     given = batch("BertForMaskedLM", device)
     for _ in range(3):
         ours(**given)
@@ -107,7 +108,7 @@ def test_a_forward_pass_without_backward_is_forgotten(device, caplog):
 
 
 def test_a_second_backward_pass_is_refused(device):
-    _, ours = pair("BertForMaskedLM", device)
+    _, ours = pair("BertForMaskedLM", device, graphs=True)
     given = batch("BertForMaskedLM", device)
     compute(ours, given)
     loss = ours(**given).loss
@@ -117,7 +118,7 @@ def test_a_second_backward_pass_is_refused(device):
 
 
 def test_parameters_that_move_or_freeze_are_seen(device):
-    stock, ours = pair("BertForMaskedLM", device)
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
     given = batch("BertForMaskedLM", device)
 
     def check():
@@ -148,7 +149,7 @@ def test_parameters_that_move_or_freeze_are_seen(device):
 
 
 def test_a_map_that_two_layers_share(device):
-    stock, ours = pair("BertForMaskedLM", device)
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
     for model in (stock, ours):
         model.bert.encoder.layer[2].intermediate.dense.weight = model.bert.encoder.layer[0].intermediate.dense.weight
     given = batch("BertForMaskedLM", device)
@@ -159,7 +160,7 @@ def test_a_map_that_two_layers_share(device):
 
 
 def test_copies_have_graphs_of_their_own(device):
-    _, ours = pair("BertForMaskedLM", device)
+    _, ours = pair("BertForMaskedLM", device, graphs=True)
     given = batch("BertForMaskedLM", device)
     for _ in range(2):
         expected = compute(ours, given)
@@ -175,7 +176,7 @@ def test_copies_have_graphs_of_their_own(device):
 
 
 def test_optimizer_steps_follow_hugging_face_s(device):
-    stock, ours = pair("GPT2LMHeadModel", device)
+    stock, ours = pair("GPT2LMHeadModel", device, graphs=True)
     losses = []
     for model in (stock, ours):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -196,7 +197,7 @@ def test_optimizer_steps_follow_hugging_face_s(device):
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration"])
 def test_autocast(kind, device):
     """Casts that autocast keeps from one use to the next are not those of a graph."""
-    _, ours = pair(kind, device)
+    _, ours = pair(kind, device, graphs=True)
     plain, given = accelerate(copy.deepcopy(ours), graphs=False)[0], batch(kind, device)
     for _ in range(3):
         results = []
@@ -215,7 +216,7 @@ def test_autocast(kind, device):
 
 
 def test_keys_and_values_come_out_of_a_graph(device):
-    stock, ours = pair("GPT2LMHeadModel", device)
+    stock, ours = pair("GPT2LMHeadModel", device, graphs=True)
     given = batch("GPT2LMHeadModel", device, "left")
     compute(ours, given)
     assert sizes(ours) == 0
@@ -231,7 +232,7 @@ def test_keys_and_values_come_out_of_a_graph(device):
 
 
 def test_checkpointing_and_evaluation_run_layer_by_layer(device):
-    _, ours = pair("GPT2LMHeadModel", device)
+    _, ours = pair("GPT2LMHeadModel", device, graphs=True)
     given = batch("GPT2LMHeadModel", device)
     compute(ours, given)
     with torch.no_grad():

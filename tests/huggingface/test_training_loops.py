@@ -51,7 +51,7 @@ def losses(trainer: transformers.Trainer) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "GPT2ForSequenceClassification"])
 def test_trainer_s_curve_and_checkpoints(kind, device, tmp_path, with_graphs):
-    stock, ours = pair(kind, device)
+    stock, ours = pair(kind, device, graphs=True)
     trainers = [trainer_of(model, tmp_path / name, device, save_strategy="steps", save_steps=5)
                 for name, model in (("stock", stock), ("ours", ours))]
     for trainer in trainers:
@@ -72,7 +72,7 @@ def test_trainer_s_curve_and_checkpoints(kind, device, tmp_path, with_graphs):
 def test_accelerate_s_loop(device):
     AcceleratorState._reset_state(reset_partial_state=True)  # one of a process, of the precision of its first user
     curves = []
-    for model in pair("BertForSequenceClassification", device):
+    for model in pair("BertForSequenceClassification", device, graphs=True):
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16", gradient_accumulation_steps=2)
         model, optimizer, loader = accelerator.prepare(
             model.train(), torch.optim.AdamW(model.parameters(), lr=1e-3),
