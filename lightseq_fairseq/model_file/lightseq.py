@@ -1,4 +1,5 @@
-"""LightSeq's weights (bytedance/lightseq, inference/proto/transformer.proto) and fairseq's, each from the other.
+"""LightSeq's weights (bytedance/lightseq, inference/proto/transformer.proto) and fairseq's, each from the other; those
+of its BERT and GPT (bert.proto, gpt.proto), which are read alone.
 
 LightSeq stores flat fp32 arrays: linear maps as [in, out], queries, keys and values side by side, the keys and values
 of all decoder layers together, token embeddings already scaled, the target's transposed, positions as a plain table.
@@ -59,6 +60,12 @@ NORMS = {
 }
 """Norms of one layer in the order in which they are applied: LightSeq's name, fairseq's name."""
 
+NEVER = -30000.0
+"""The output bias of a type that exists for padding alone: exp() of it is 0, and fp16 can hold it."""
+
+ONE_STACK_EPS = {"encoder": 1e-12, "decoder": 1e-5}
+"""Of BERT's norms and GPT-2's, which their files do not say; LightSeq's engine has one for all."""
+
 DECODING = {"beam_size": 4, "length_penalty": 0.6, "extra_decode_length": 50, "sampling_method": "beam_search",
             "topk": 1, "topp": 0.75, "diverse_lambda": 0.0}
 """How LightSeq's engine is to decode, which its files hold, and what its exporter writes unless told otherwise."""
@@ -116,19 +123,18 @@ def infer_config(sizes: Mapping[str, int], conf: Mapping[str, Any], output_bias:
 
     Positions become a learned table, whatever they were. ModelFileError where the sizes do not add up to a model.
     """
+    if conf.get("multilg_type") or any(path.endswith("/lang_emb") for path in sizes):
+        raise ModelFileError("multilingual LightSeq models (multilg_type, lang_emb) are not supported")
+    if _is_one_stack(sizes, conf):
+        return _infer_one_stack(sizes, conf)
     width, inner = sizes.get("trg_embedding/norm_scale", 0), sizes.get("decoder_stack/0/ffn_first_bias", 0)
     if not (width and inner):
         raise ModelFileError("expected the weights of a LightSeq encoder-decoder Transformer, got neither its "
-                             "trg_embedding/norm_scale nor its decoder layers; other models are not supported")
-    if conf.get("multilg_type") or any(path.endswith("/lang_emb") for path in sizes):
-        raise ModelFileError("multilingual LightSeq models (multilg_type, lang_emb) are not supported")
-    rows = {}
-    for path in ("src_embedding/token_embedding", "trg_embedding/token_embedding",
-                 "src_embedding/position_embedding", "trg_embedding/position_embedding"):
-        rows[path], rest = divmod(sizes.get(path, 0), width)
-        if rest or not rows[path]:
-            raise ModelFileError(f"{path} must be rows of {width} values, got {sizes.get(path, 0)} values")
-    src_vocab, tgt_vocab, src_positions, tgt_positions = rows.values()
+                             "trg_embedding/norm_scale nor its decoder layers; of other models only BERT and GPT are "
+                             "supported")
+    rows = _rows(sizes, width, "src_embedding/token_embedding", "trg_embedding/token_embedding",
+                 "src_embedding/position_embedding", "trg_embedding/position_embedding")
+    src_vocab, tgt_vocab, src_positions, tgt_positions = rows
     layers = {side: len({path.split("/")[1] for path in sizes if path.startswith(f"{side}_stack/")})
               for side in NORMS}
     post = bool(conf.get("is_post_ln"))
@@ -148,6 +154,51 @@ def infer_config(sizes: Mapping[str, int], conf: Mapping[str, Any], output_bias:
         eos=_integer(conf, "trg_end_id") or tgt_vocab - 1, unk=min(3, tgt_vocab - 1), decoder_start=start)
 
 
+def _rows(sizes: Mapping[str, int], width: int, *paths: str) -> list[int]:
+    """How many rows of ``width`` values each of the arrays has."""
+    counts = []
+    for path in paths:
+        count, rest = divmod(sizes.get(path, 0), width)
+        if rest or not count:
+            raise ModelFileError(f"{path} must be rows of {width} values, got {sizes.get(path, 0)} values")
+        counts.append(count)
+    return counts
+
+
+def _is_one_stack(sizes: Mapping[str, int], conf: Mapping[str, Any]) -> bool:
+    """Whether this is a BERT or a GPT, rather than what is left of a translation model."""
+    two_stacks = any(path.startswith(("trg_embedding/", "decoder_stack/")) for path in sizes)
+    begun = sizes.get("src_embedding/norm_scale") and sizes.get("encoder_stack/0/ffn_first_bias")
+    return bool(begun) and not (two_stacks or conf.get("trg_start_id") or conf.get("trg_end_id"))
+
+
+def _infer_one_stack(sizes: Mapping[str, int], conf: Mapping[str, Any]) -> TransformerConfig:
+    """BERT's configuration, or GPT's, which alone says how to sample and where to end.
+
+    A GPT's padding is mostly a type that its vocabulary lacks; then one is added, see :data:`NEVER`.
+    """
+    width, inner = sizes["src_embedding/norm_scale"], sizes["encoder_stack/0/ffn_first_bias"]
+    vocab, positions = _rows(sizes, width, "src_embedding/token_embedding", "src_embedding/position_embedding")
+    layers = len({path.split("/")[1] for path in sizes if path.startswith("encoder_stack/")})
+    pad, heads = _integer(conf, "src_padding_id"), _integer(conf, "head_num")
+    gpt = any(conf.get(key) for key in ("sampling_method", "eos_id", "topp", "extra_decode_length", "beam_size"))
+    stacks, post = "decoder" if gpt else "encoder", bool(conf.get("is_post_ln"))
+    added = gpt and pad >= vocab
+    vocab, pad = (vocab + 1, vocab) if added else (vocab, pad)
+    eos = _integer(conf, "eos_id") if gpt else pad
+    gelu = gpt or conf.get("use_gelu")  # a GPT's own use_gelu came late, with the value that all have
+    return TransformerConfig(
+        stacks=stacks, src_vocab_size=vocab, tgt_vocab_size=vocab, no_cross_attention=gpt,
+        encoder_layers=0 if gpt else layers, encoder_embed_dim=width, encoder_ffn_embed_dim=inner,
+        encoder_attention_heads=heads, decoder_layers=layers if gpt else 0, decoder_embed_dim=width,
+        decoder_ffn_embed_dim=inner, decoder_attention_heads=heads,
+        activation_fn="gelu_accurate" if gelu else "relu", encoder_normalize_before=not post,
+        decoder_normalize_before=not post, layernorm_embedding=post, encoder_positions="learned",
+        decoder_positions="learned", max_source_positions=positions, max_target_positions=positions, position_offset=0,
+        no_scale_embedding=True, share_decoder_input_output_embed=gpt, output_bias=added,
+        layer_norm_eps=ONE_STACK_EPS[stacks], bos=eos, pad=pad, eos=eos, unk=pad)
+
+
 def _integer(conf: Mapping[str, Any], key: str) -> int:
     value = conf.get(key, 0)
     if not isinstance(value, int):
@@ -161,6 +212,8 @@ def layout(config: TransformerConfig, foreign: bool = False) -> dict[str, Piece]
     In files of our own the position tables only serve LightSeq's engine: sinusoids are computed again and learned
     tables are kept whole elsewhere. In a ``foreign`` file the table is all there is.
     """
+    if config.stacks != "encoder-decoder":
+        return _one_stack_layout(config)
     shapes = tensor_shapes(config)
     pieces = {path: _linear_piece(names, shapes) for path, names in _projections(config)}
     pieces |= {path: _linear_piece((name,), shapes) for path, name in _norms(config)}
@@ -185,17 +238,51 @@ def _projections(config: TransformerConfig) -> Iterator[tuple[str, tuple[str, ..
 
 
 def _norms(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """(array, tensor) for each norm in the order of application; post-LN chains begin one norm earlier."""
-    for side, layers, prefix in (("encoder", config.encoder_layers, "src"), ("decoder", config.decoder_layers, "trg")):
-        pairs = [(f"{side}_stack/{i}/{theirs}", f"{side}.layers.{i}.{ours}")
-                 for i in range(layers) for theirs, ours in NORMS[side].items()]
-        places = [theirs for theirs, _ in pairs] + [f"{prefix}_embedding/norm"]
-        norms = [ours for _, ours in pairs]
-        pre = config.encoder_normalize_before if side == "encoder" else config.decoder_normalize_before
-        norms = [*norms, f"{side}.layer_norm"] if pre else [f"{side}.layernorm_embedding", *norms]
-        for place, norm in zip(places, norms, strict=True):
-            yield f"{place}_scale", f"{norm}.weight"
-            yield f"{place}_bias", f"{norm}.bias"
+    """(array, tensor) for each norm in the order of application."""
+    for side, layers, prefix, pre in (
+            ("encoder", config.encoder_layers, "src", config.encoder_normalize_before),
+            ("decoder", config.decoder_layers, "trg", config.decoder_normalize_before)):
+        yield from _norm_chain(side, layers, f"{side}_stack", prefix, pre)
+
+
+def _norm_chain(side: str, layers: int, stack: str, prefix: str, pre: bool) -> Iterator[tuple[str, str]]:
+    """(array, tensor) for each norm of one stack; post-LN chains begin one norm earlier."""
+    pairs = [(f"{stack}/{i}/{theirs}", f"{side}.layers.{i}.{ours}")
+             for i in range(layers) for theirs, ours in NORMS[stack.removesuffix("_stack")].items()]
+    places = [theirs for theirs, _ in pairs] + [f"{prefix}_embedding/norm"]
+    norms = [ours for _, ours in pairs]
+    norms = [*norms, f"{side}.layer_norm"] if pre else [f"{side}.layernorm_embedding", *norms]
+    for place, norm in zip(places, norms, strict=True):
+        yield f"{place}_scale", f"{norm}.weight"
+        yield f"{place}_bias", f"{norm}.bias"
+
+
+def _one_stack_layout(config: TransformerConfig) -> dict[str, Piece]:
+    """Of a BERT or GPT of LightSeq's: its names are those of an encoder, its embedding is not scaled."""
+    side, shapes = "encoder" if config.has_encoder else "decoder", tensor_shapes(config)
+    layers, pre = ((config.encoder_layers, config.encoder_normalize_before) if config.has_encoder else
+                   (config.decoder_layers, config.decoder_normalize_before))
+    pieces = {f"encoder_stack/{i}/{name}": _linear_piece(tuple(f"{side}.layers.{i}.{part}" for part in parts), shapes)
+              for i in range(layers) for name, parts in ENCODER_LAYER.items()}
+    pieces |= {path: _linear_piece((name,), shapes)
+               for path, name in _norm_chain(side, layers, "encoder_stack", "src", pre)}
+    pieces["src_embedding/position_embedding"] = _position_piece(config, side, foreign=True)
+    table, bias = f"{side}.embed_tokens.weight", "decoder.output_projection.bias"
+    rows, width = shapes[table]
+    rows -= config.output_bias
+
+    def pack(tensors: Mapping[str, Tensor]) -> Tensor:
+        return _fp32(tensors[table][:rows]).flatten()
+
+    def unpack(array: Tensor) -> dict[str, Tensor]:
+        if not config.output_bias:
+            return {table: array.view(rows, width).clone()}
+        return {table: torch.cat((array.view(rows, width), torch.zeros(1, width))),
+                bias: torch.cat((torch.zeros(rows), torch.full((1,), NEVER)))}
+
+    gives_back = (table, bias) if config.output_bias else (table,)
+    pieces["src_embedding/token_embedding"] = Piece(rows * width, pack, unpack, gives_back)
+    return pieces
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -61,17 +61,23 @@ def _schema(floats_as_bytes: bool) -> Any:
 Transformer = message_class("Transformer")
 """The whole file as one message, weights as bytes."""
 
+Bert, Gpt = message_class("Bert"), message_class("Gpt")
+"""Other files of LightSeq's; on the wire the types of their fields tell them from a Transformer."""
+
 
 def read(path: Path) -> Contents:
     """The contents of ``path``; ModelFileError if it is not such a message."""
     message = _parse(path.read_bytes())
-    parts = {"src_embedding": message.src_embedding, "trg_embedding": message.trg_embedding}
+    parts = {"src_embedding": message.src_embedding}
     parts |= {f"encoder_stack/{i}": layer for i, layer in enumerate(message.encoder_stack)}
-    parts |= {f"decoder_stack/{i}": layer for i, layer in enumerate(message.decoder_stack)}
+    if isinstance(message, Transformer):
+        parts["trg_embedding"] = message.trg_embedding
+        parts |= {f"decoder_stack/{i}": layer for i, layer in enumerate(message.decoder_stack)}
     arrays = {f"{part}/{field.name}": _stored(f"{part}/{field.name}", value, torch.float32)
               for part, layer in parts.items() for field, value in layer.ListFields()}
     conf = {field.name: value for field, value in message.model_conf.ListFields()}
-    return Contents(arrays, conf, _read_extension(message) if message.HasField("extension") else None)
+    extended = isinstance(message, Transformer) and message.HasField("extension")
+    return Contents(arrays, conf, _read_extension(message) if extended else None)
 
 
 def _parse(data: bytes) -> Any:
@@ -86,7 +92,26 @@ def _parse(data: bytes) -> Any:
                              "export or copy the file again") from None
     if not message.ListFields():
         raise ModelFileError("expected the weights of a Transformer, got an empty message; export the file again")
-    return message
+    two_stacks = message.trg_embedding.token_embedding or message.decoder_stack
+    known = two_stacks or message.HasField("model_conf") or message.HasField("extension")
+    return message if known else _of_one_stack(data) or message
+
+
+def _of_one_stack(data: bytes) -> Any | None:
+    """``data``, which is no whole Transformer, as a Bert or Gpt; None if it is neither.
+
+    Their ``model_conf`` has the number of a Transformer's ``trg_embedding``, but a number in it where that has an
+    array, and a Gpt's a word or a float where a Bert's has a number.
+    """
+    for kind in (Gpt, Bert):
+        try:
+            found = kind.FromString(data)
+        except (DecodeError, UnicodeDecodeError):
+            continue
+        names = {field.name for field, _ in found.model_conf.ListFields()}
+        if kind is Bert and names or names - {"head_num", "src_padding_id", "topk"}:
+            return found
+    return None
 
 
 def _read_extension(message: Any) -> Extension:
