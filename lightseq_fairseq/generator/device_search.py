@@ -44,6 +44,10 @@ _MOST_CACHE_BYTES = 16 << 30
 step by step, where the cache grows with the sentences."""
 
 
+_LEAST_SLOTS, _MOST_SLOTS = 8, 255
+"""Sentences decoded together by :class:`Refill`: one more makes up the batch."""
+
+
 class _Shape(NamedTuple):
     """Sizes that a plan is made for, each rounded up."""
 
@@ -78,19 +82,24 @@ class DeviceSearch:
         if model.device.type == "cuda":
             self.most_bytes = min(self.most_bytes, torch.cuda.get_device_properties(model.device).total_memory // 4)
 
-    def takes(self, options: GenerationOptions, lengths: Sequence[int], max_lens: Sequence[int]) -> bool:
-        """Whether :meth:`decode` serves such sources and options; what it does not is for beam_search.decode."""
+    def serves(self, options: GenerationOptions) -> bool:
+        """Whether this is a model and a search of the device's; what is not is for beam_search.decode."""
         config = self.model.config
         beam = min(options.beam, config.tgt_vocab_size - 1)
         other_searches = (options.sampling or options.diverse_beam_groups or options.diversity_rate
                           or options.match_source_len or options.constraints)
-        if (self.step is None or not lengths or other_searches or options.no_repeat_ngram_size
+        if (self.step is None or other_searches or options.no_repeat_ngram_size
                 or options.return_attention or options.return_alignment):
             return False
         tiles = -(-config.tgt_vocab_size // TILE)
-        if beam > MAX_BEAM or beam * tiles > MAX_TILES or 2 * beam > config.tgt_vocab_size - 3:
+        return beam <= MAX_BEAM and beam * tiles <= MAX_TILES and 2 * beam <= config.tgt_vocab_size - 3
+
+    def takes(self, options: GenerationOptions, lengths: Sequence[int], max_lens: Sequence[int]) -> bool:
+        """Whether :meth:`decode` serves such sources and options; what it does not is for beam_search.decode."""
+        if not lengths or not self.serves(options):
             return False
-        longest = max(max_lens) + 1
+        config = self.model.config
+        beam, longest = min(options.beam, config.tgt_vocab_size - 1), max(max_lens) + 1
         return (longest <= config.max_target_positions
                 and self._cache_bytes(_Shape.around(lengths, beam, longest)) <= self.most_bytes)
 
@@ -116,6 +125,20 @@ class DeviceSearch:
         """Slots for any number of sentences of options that :meth:`takes` takes."""
         assert self.step is not None
         return Refill(self.model.encoder, self.step, slots)
+
+    def slots_for(self, sentences: int, beam: int, steps: int, width: int) -> Slots | None:
+        """Slots for so many sentences of such sizes, the latter rounded up; None where memory has no room for a few."""
+        assert self.step is not None
+        config = self.model.config
+        beam, count = min(beam, config.tgt_vocab_size - 1), min(_MOST_SLOTS, max(_LEAST_SLOTS, sentences // 4))
+        steps, width = (-(-size // 32) * 32 for size in (steps, width))
+        steps = min(steps, config.max_target_positions)
+        while count >= _LEAST_SLOTS:
+            slots = Slots(count, beam, steps, width)
+            if self.refill_memory(slots) <= self.most_bytes:
+                return slots
+            count //= 2
+        return None
 
     def refill_memory(self, slots: Slots) -> int:
         """About the bytes that such slots take."""

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,15 +17,19 @@ from torch import Tensor
 
 from lightseq_fairseq import model_file
 from lightseq_fairseq.config import TransformerConfig
-from lightseq_fairseq.generator.beam_search import decode, length_limits
+from lightseq_fairseq.generator.beam_search import check, check_found, decode, length_limits
 from lightseq_fairseq.generator.device_search import DeviceSearch
 from lightseq_fairseq.generator.hypotheses import Hypothesis
 from lightseq_fairseq.generator.model import load_model
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.refill import Refill, Slots
 from lightseq_fairseq.model_file import ModelFile
 from lightseq_fairseq.ops import _extension
 
+logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
+_MANY = 64
+"""Sentences from which on they are decoded in slots, where they can be."""
 
 
 class Generator:
@@ -45,6 +50,9 @@ class Generator:
         self.models = [load_model(model, self.device, dtype) for model in models]
         on_device = len(self.models) == 1 and self.device.type == "cuda" and _extension.loaded()
         self.device_search = DeviceSearch(self.models[0]) if on_device else None  # type: ignore[arg-type]
+        self.refill: Refill | None = None
+        """The slots that many sentences are decoded in; see :meth:`reserve`."""
+        self._reserved = False
         self._src_indices: dict[str, int] | None = None
 
     @classmethod
@@ -53,6 +61,23 @@ class Generator:
         """Read a model file, or several for an ensemble; ModelFileError says what is wrong with one."""
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         return cls([model_file.load(p) for p in paths], device, dtype)
+
+    def reserve(self, slots: Slots) -> Refill:
+        """Take memory for ``slots`` now and for good; ``str()`` of what comes back says how much, and its ``submit``,
+        ``collect`` and ``cancel`` serve sentences that come and go. :meth:`infer` uses it for what fits, and takes no
+        slots of its own. GenerationError where the search is not on the device, or memory does not suffice."""
+        if self.device_search is None or not self.device_search.serves(GenerationOptions(beam=slots.beam)):
+            raise GenerationError("slots are for one encoder-decoder model on a GPU with the compiled operators; "
+                                  "sentences are decoded in batches without them")
+        self.refill = None
+        needed, most = self.device_search.refill_memory(slots), self.device_search.most_bytes
+        if needed > most:
+            raise GenerationError(f"{slots} needs {needed / 2**20:.0f} MiB, more than the {most / 2**20:.0f} that "
+                                  "generation may take: ask for fewer slots, beams or steps")
+        self.refill = self.device_search.refill(slots)
+        self._reserved = True
+        logger.info("%s", self.refill)
+        return self.refill
 
     def generate(self, src_tokens: Sequence[Tensor], options: GenerationOptions | None = None,
                  prefix_tokens: Tensor | None = None,
@@ -78,18 +103,29 @@ class Generator:
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
               prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,
               progress: Callable[[int], object] | None = None,
-              constraints: Sequence[Sequence[Sequence[int]]] | None = None) -> list[list[Hypothesis]]:
+              constraints: Sequence[Sequence[Sequence[int]]] | None = None,
+              refill: bool | None = None) -> list[list[Hypothesis]]:
         """Any number of sentences of ids, eos included, in any order of length; results in the order given.
 
         Sentences of like length are decoded together, at most ``max_sentences`` and ``max_tokens`` source tokens at
         a time (a longer sentence goes alone). ``progress`` is told how many sentences each batch has finished.
         ``prefix_ids`` and ``constraints`` are what :meth:`generate` takes of each sentence, as ids.
+
+        With ``refill``, which is the default on a GPU where many sentences wait, a sentence that is finished makes room
+        for the next one instead; what does not fit a slot still goes in batches. True raises GenerationError where that
+        cannot be, False leaves it.
         """
         self._check_ids(ids)
         results: list[list[Hypothesis]] = [[] for _ in ids]
+        rest = list(range(len(ids)))
+        if refill or (refill is None and len(ids) >= _MANY):
+            served = self._infer_in_slots(ids, options or GenerationOptions(), prefix_ids, constraints, refill is True,
+                                          results, progress)
+            rest = [index for index in rest if index not in served]
         seed = None if options is None else options.seed  # for all batches together: each would draw the same otherwise
         draws = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        for batch in _batches_by_length([len(sentence) for sentence in ids], max_tokens, max_sentences):
+        for places in _batches_by_length([len(ids[i]) for i in rest], max_tokens, max_sentences):
+            batch = [rest[place] for place in places]
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
             sources = [torch.tensor(ids[i], dtype=torch.int64) for i in batch]
             phrases = None if constraints is None else [
@@ -99,18 +135,64 @@ class Generator:
                 results[index] = hypotheses
             if progress is not None:
                 progress(len(batch))
+        check_found(results)
         return results
+
+    def slots(self, options: GenerationOptions, sentences: int, longest: int, limit: int) -> Refill | None:
+        """Slots that are there, or memory for new ones, to decode so many sentences of at most ``longest`` source
+        tokens that must end at step ``limit``; None where the search is not on the device, or none would serve them."""
+        search = self.device_search
+        if search is None or not options.force_eos or options.include_context or not search.serves(options):
+            return None
+        if self._reserved:
+            return self.refill
+        wanted = search.slots_for(sentences, options.beam, limit + 1, longest)
+        held = None if self.refill is None else self.refill.slots
+        if wanted is None or (held is not None and held.beam == wanted.beam and held.count >= wanted.count
+                              and held.steps >= wanted.steps and held.width >= wanted.width):
+            return self.refill if wanted is not None else None
+        self.refill = None  # its memory first
+        self.refill = search.refill(wanted)
+        logger.info("%s", self.refill)
+        return self.refill
+
+    def _infer_in_slots(self, ids: Sequence[Sequence[int]], options: GenerationOptions,
+                        prefix_ids: Sequence[Sequence[int]] | None,
+                        constraints: Sequence[Sequence[Sequence[int]]] | None, insist: bool,
+                        results: list[list[Hypothesis]], progress: Callable[[int], object] | None) -> set[int]:
+        """Fills in ``results`` what slots serve; returns which sentences those are."""
+        limits = length_limits(self.models, [torch.empty(len(sentence)) for sentence in ids], options)
+        refill = None if constraints is not None else self.slots(
+            options, len(ids), max(map(len, ids)), max(limits))
+        if refill is None:
+            if insist:
+                raise GenerationError("refill is for beam search with one encoder-decoder model on a GPU, without "
+                                      "constraints, alignments and the like: leave it to be chosen")
+            return set()
+        fitting = [i for i in range(len(ids)) if refill.refusal(len(ids[i]), options, limits[i]) is None]
+        if fitting:
+            prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in fitting])
+            check(self.models, [torch.empty(len(ids[i])) for i in fitting], options, prefixes,
+                  [limits[i] for i in fitting])
+        places = {refill.submit(ids[i], options, limits[i], None if prefix_ids is None else prefix_ids[i]): i
+                  for i in sorted(fitting, key=lambda i: -len(ids[i]))}  # the longest first: they take most steps
+        for ticket, hypotheses in refill.run():
+            if ticket in places:  # and not somebody else's
+                results[places[ticket]] = hypotheses
+                if progress is not None:
+                    progress(1)
+        return set(fitting)
 
     def translate(self, lines: Sequence[str], options: GenerationOptions | None = None, remove_bpe: str | None = None,
                   max_tokens: int = 4096, max_sentences: int = 128,
-                  progress: Callable[[int], object] | None = None) -> list[str]:
+                  progress: Callable[[int], object] | None = None, refill: bool | None = None) -> list[str]:
         """The best translation of each line of space-separated tokens, as the model's vocabulary has them.
 
-        ``remove_bpe`` joins subwords again: "@@ " for subword-nmt, "sentencepiece" for its underscores. Batches and
-        ``progress`` are those of :meth:`infer`. GenerationError if the model file holds no vocabularies.
+        ``remove_bpe`` joins subwords again: "@@ " for subword-nmt, "sentencepiece" for its underscores. Batches,
+        ``progress`` and ``refill`` are those of :meth:`infer`. GenerationError if the model file holds no vocabularies.
         """
         ids = [self.encode_line(line) for line in lines]
-        found = self.infer(ids, options, None, max_tokens, max_sentences, progress)
+        found = self.infer(ids, options, None, max_tokens, max_sentences, progress, refill=refill)
         return [self.decode_ids(hypotheses[0].tokens, remove_bpe) for hypotheses in found]
 
     def encode_line(self, line: str) -> list[int]:

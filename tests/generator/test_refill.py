@@ -10,6 +10,7 @@ import torch
 from lightseq_fairseq.generator import refill as module
 from lightseq_fairseq.generator.beam_search import decode
 from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.generator.refill import Slots
@@ -36,24 +37,22 @@ def run(refill, src, options, prefixes=None, limits=None):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("count", [3])
 def test_models(name, count, device):
     model = Transformer(random_model(**MODELS[name]), device)
-    src, options = sentences(17), GenerationOptions(beam=3, nbest=3, max_len_b=15)
+    src, options = sentences(11), GenerationOptions(beam=3, nbest=3, max_len_b=15)
     refill = DeviceSearch(model).refill(Slots(count, 3, 16, 12))
     assert_same(run(refill, src, options), decode([model], src, options))
 
 
-@pytest.mark.parametrize("beam", [1, 2, 5])
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_looking_late_changes_nothing(beam, ahead, device, monkeypatch):
+@pytest.mark.parametrize(("beam", "count", "ahead", "steps"), [(1, 1, 1, 2), (2, 6, 0, 1), (5, 6, 3, 3), (4, 17, 1, 1)])
+def test_looking_late_changes_nothing(beam, count, ahead, steps, device, monkeypatch):
     monkeypatch.setattr(module, "_LOOKS_AHEAD", ahead)
+    monkeypatch.setattr(module, "_STEPS_A_LOOK", steps)
     model = Transformer(random_model(seed=3), device)
-    src, options = sentences(40, seed=beam), GenerationOptions(beam=beam, nbest=beam, max_len_b=17)
-    for steps in (1, 3):
-        monkeypatch.setattr(module, "_STEPS_A_LOOK", steps)
-        refill = DeviceSearch(model).refill(Slots(6, beam, 18, 12))
-        assert_same(run(refill, src, options), decode([model], src, options))
+    src, options = sentences(6 * count, seed=beam), GenerationOptions(beam=beam, nbest=beam, max_len_b=13)
+    assert_same(run(DeviceSearch(model).refill(Slots(count, beam, 14, 12)), src, options),
+                decode([model], src, options))
 
 
 def test_options_and_limits_of_each_sentence(device):
@@ -157,3 +156,50 @@ def test_a_model_that_gives_no_numbers_has_no_hypotheses(device):
         for name, tensor in model.tensors.items()})
     refill = DeviceSearch(Transformer(broken, device)).refill(Slots(2, 2, 10, 6))
     assert run(refill, [torch.tensor([4, 2])] * 3, GenerationOptions(beam=2, max_len_b=5)) == [[], [], []]
+
+
+def on_the_device(device):
+    """A generator that searches on the device, also where that is the CPU."""
+    generator = Generator([random_model(seed=3)], device)
+    if generator.device_search is None:
+        generator.device_search = DeviceSearch(generator.models[0])
+    return generator
+
+
+def test_a_generator_decodes_many_sentences_in_slots(device, monkeypatch):
+    monkeypatch.setattr("lightseq_fairseq.generator.generator._MANY", 20)
+    generator, seen = on_the_device(device), []
+    ids, options = [s.tolist() for s in sentences(24)], GenerationOptions(beam=2, nbest=2, max_len_a=1, max_len_b=4)
+    batches = generator.infer(ids, options, refill=False)
+    assert generator.refill is None
+    assert_same(generator.infer(ids, options, progress=seen.append), batches)
+    slots = generator.refill
+    assert slots is not None and sum(seen) == 24
+    assert_same(generator.infer(ids[:5], options, refill=True), batches[:5])
+    prefixes = [[7], [8, 9]] * 12
+    assert_same(generator.infer(ids, options, prefixes), generator.infer(ids, options, prefixes, refill=False))
+    assert generator.refill is slots, "they are kept"
+    text = [" ".join(f"s{i}" for i in sentence[:-1]) for sentence in ids]
+    assert generator.translate(text, options) == [generator.decode_ids(h[0].tokens) for h in batches]
+
+
+def test_reserved_slots_stay(device):
+    """What does not fit them goes in batches, and results come in their order."""
+    generator = on_the_device(device)
+    refill = generator.reserve(Slots(4, 2, 10, 8))
+    ids, options = [s.tolist() for s in sentences(12)], GenerationOptions(beam=2, max_len_a=1, max_len_b=2)
+    assert max(map(len, ids)) > 8 and min(map(len, ids)) < 8
+    assert_same(generator.infer(ids, options, refill=True), generator.infer(ids, options, refill=False))
+    wide = dataclasses.replace(options, beam=3)
+    assert_same(generator.infer(ids, wide, refill=True), generator.infer(ids, wide, refill=False))
+    assert generator.refill is refill
+    with pytest.raises(GenerationError, match="MiB, more than the"):
+        generator.reserve(Slots(10**6, 5, 1000, 8))
+
+
+def test_refill_is_refused_by_name(device):
+    ids = [[4, 2], [5, 2]]
+    with pytest.raises(GenerationError, match="refill is for beam search"):
+        on_the_device(device).infer(ids, GenerationOptions(beam=2, return_alignment=True), refill=True)
+    with pytest.raises(GenerationError, match="slots are for one encoder-decoder model on a GPU"):
+        Generator([random_model(), random_model(1)], device).reserve(Slots(2, 2, 10, 10))
