@@ -45,7 +45,8 @@ class _Config:
 
     def __post_init__(self) -> None:
         limits, sizes, ratios = ("max_batch_tokens", "max_seq_len"), (
-            "hidden_size", "intermediate_size", "nhead", "nlayer", "vocab_size", "embedding_dim"), (
+            "hidden_size", "intermediate_size", "nhead", "nlayer", "vocab_size", "embedding_dim", "num_encoder_layer",
+            "num_decoder_layer"), (
             "attn_prob_dropout_ratio", "activation_dropout_ratio", "hidden_dropout_ratio", "dropout", "epsilon")
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         check(type(self).__name__,

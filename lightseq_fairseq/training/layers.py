@@ -22,7 +22,7 @@ from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 from lightseq_fairseq.layers.embedding import sinusoidal_table
 from lightseq_fairseq.layers.encoder import TransformerEncoderLayer
 from lightseq_fairseq.layers.packing import Packing
-from lightseq_fairseq.layers.residual import LayerNorm
+from lightseq_fairseq.layers.residual import LayerNorm, draw_seeds
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
 from lightseq_fairseq.training import config as configs
 
@@ -82,11 +82,18 @@ def check_size(name: str, states: Tensor, config: Any, training: bool, width: in
         (width is None or states.size(-1) == width, f"states must be {width} wide, got {tuple(states.shape)}"))
 
 
+def padded_source(encoder_out: Tensor, config: Any) -> Tensor:
+    """(S, B, C) -> (B, S, C)."""
+    configs.check("encoder_out", (encoder_out.dim() == 3 and encoder_out.size(2) == config.hidden_size,
+                                  f"must be (S, B, {config.hidden_size}), got {tuple(encoder_out.shape)}"))
+    return encoder_out.transpose(0, 1)
+
+
 def _draw_seeds(layer: TransformerEncoderLayer | TransformerDecoderLayer, like: Tensor) -> Tensor | None:
     """One for each dropout of ``layer``, (SEEDS, 1); None where nothing is dropped."""
     if not layer.training or max(layer.dropout, layer.self_attn.dropout, layer.activation_dropout) == 0:
         return None
-    return torch.empty((layer.SEEDS, 1), dtype=torch.int64, device=like.device).random_()
+    return draw_seeds(layer.SEEDS, like.device)
 
 
 @torch.no_grad()
@@ -202,50 +209,57 @@ class LSTransformerDecoderLayer(TransformerDecoderLayer):
 
     def forward(self, decoder_states: Tensor, encoder_out: Tensor | None = None,  # type: ignore[override]
                 encoder_padding_mask: Tensor | None = None, cache: dict[Any, Any] | None = None,
-                packing: Packing | None = None) -> Tensor:
+                packing: Packing | None = None, source_packing: Packing | None = None) -> Tensor:
         """(B, T, C) over ``encoder_out`` (S, B, C) and its mask (B, S) -> (B, T, C) in the parameters' type.
 
         With ``cache``, a dict that is empty at first, the states are those of new tokens alone, (R, T, C), usually of
         one; rows are then sentences or, R being a multiple of B, ``beam`` hypotheses for each. The cache holds
         ``dec_self_k`` and ``dec_self_v`` (R, H, tokens so far, D), which a search reorders along dimension 0, and
-        ``encdec_kv``, what this layer makes of the source.
+        ``encdec_kv`` and ``encdec_source``, the source as this layer reads it, taken from the first call.
 
-        With ``packing`` states go in and out packed, (N, C); without they may be padded on the right only.
+        With ``packing`` states go in and out packed, (N, C); without they may be padded on the right only. With
+        ``source_packing`` ``encoder_out`` is packed, (M, C), and the mask is not read.
         """
-        name = "LSTransformerDecoderLayer"
+        name, weight = "LSTransformerDecoderLayer", self.fc1.weight
         configs.check(name, (cache is None or packing is None, "give a cache or a packing, not both"),
                       ((encoder_out is None) == (self.encoder_attn is None),
                        "encoder_out must be given to a layer with cross-attention and to no other"))
-        weight, packed, rows = self.fc1.weight, packing is not None, decoder_states.size(0)
+        packed = packing is not None
         if packing is None:
             check_size(name, decoder_states, self.config, self.training and cache is None, self.config.hidden_size)
             packing = packing_of(None, decoder_states)
             decoder_states = packing.pack(decoder_states)
-        source = source_packing = keys_values = None
-        if encoder_out is not None:
-            configs.check(name, (encoder_out.dim() == 3 and encoder_out.size(2) == self.config.hidden_size,
-                                 f"encoder_out must be (S, B, {self.config.hidden_size}), got "
-                                 f"{tuple(encoder_out.shape)}"))
-            encoder_out = encoder_out.transpose(0, 1)  # (S, B, C) -> (B, S, C)
-            source_packing = packing_of(encoder_padding_mask, encoder_out)
-            source = incoming(source_packing.pack(encoder_out), weight, self.config)
-            groups, batch = (rows, packing.batch) if cache is not None else (packing.batch,) * 2
-            configs.check(name, (groups == source_packing.batch or (
-                cache is not None and groups % source_packing.batch == 0),
-                f"{batch} rows do not fit the {source_packing.batch} sentences of encoder_out"))
         with computing(self.config, weight.device):
+            source, source_packing, keys_values = self._source(encoder_out, encoder_padding_mask, source_packing, cache)
+            if source_packing is not None:
+                batch = source_packing.batch
+                configs.check(name, (packing.batch == batch or (cache is not None and packing.batch % batch == 0),
+                                     f"{packing.batch} rows do not fit the {batch} sentences of encoder_out"))
             if cache is not None:
                 packing = self._step(packing, source_packing, cache)
-                if source is not None and self.encoder_attn is not None:
-                    if "encdec_kv" not in cache:
-                        cache["encdec_kv"] = self.encoder_attn.project_keys_values(source)
-                    keys_values = cache["encdec_kv"]
             x, _ = super().forward(incoming(decoder_states, weight, self.config), packing, source, source_packing,
                                    keys_values, seeds=_draw_seeds(self, weight))
         x = x.to(weight.dtype)
         if packed:
             return x
         return packing.rows_apart.unpack(x) if isinstance(packing, _Step) else packing.unpack(x)
+
+    def _source(self, encoder_out: Tensor | None, mask: Tensor | None, packing: Packing | None,
+                cache: dict[Any, Any] | None) -> tuple[Tensor | None, Packing | None, Tensor | None]:
+        """Packed source, its packing, and the keys and values that a cache has of it."""
+        if encoder_out is None or self.encoder_attn is None:
+            return None, None, None
+        if cache is not None and "encdec_source" in cache:
+            return *cache["encdec_source"], cache["encdec_kv"]
+        if packing is None:
+            encoder_out = padded_source(encoder_out, self.config)
+            packing = packing_of(mask, encoder_out)
+            encoder_out = packing.pack(encoder_out)
+        source = incoming(encoder_out, self.fc1.weight, self.config)
+        if cache is None:
+            return source, packing, None
+        cache["encdec_source"], cache["encdec_kv"] = (source, packing), self.encoder_attn.project_keys_values(source)
+        return source, packing, cache["encdec_kv"]
 
     @staticmethod
     def _step(rows: Packing, source: Packing | None, cache: dict[Any, Any]) -> _Step:
@@ -331,7 +345,7 @@ class LSTransformerEmbeddingLayer(nn.Module):
         rows = packing.positions + (step + (OFFSET if config.need_offset else 0))
         p = config.dropout if self.training else 0.0
         fused = self.layer_norm is None
-        seed = torch.empty(1, dtype=torch.int64, device=input.device).random_() if p > 0 and fused else None
+        seed = draw_seeds(1, input.device)[0] if p > 0 and fused else None
         x = ops.embedding(input, self.embeddings, self.scale, config.padding_idx, rows, self.pos_embeddings,
                           p if fused else 0.0, seed)
         if self.layer_norm is not None:

@@ -18,6 +18,8 @@ from lightseq_fairseq.training.layers import (
     LSTransformerEncoderLayer,
     computing,
     incoming,
+    packing_of,
+    padded_source,
     place,
 )
 
@@ -92,10 +94,11 @@ class LSTransformerDecoder(nn.Module):
     def _states(self, trg_tokens: Tensor, encoder_out: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T) -> (B, T, C) in front of the final norm, 0 where there is padding."""
         _check_tokens("LSTransformerDecoder", trg_tokens, self.config, self.training)
-        packing = Packing.of(trg_tokens, self.padding_idx)
-        x = self.embed_tokens(packing.pack(trg_tokens), packing=packing)
+        packing, source = Packing.of(trg_tokens, self.padding_idx), padded_source(encoder_out, self.config)
+        source_packing = packing_of(mask, source)
+        x, source = self.embed_tokens(packing.pack(trg_tokens), packing=packing), source_packing.pack(source)
         for layer in self.layers:
-            x = layer(x, encoder_out, mask, packing=packing)
+            x = layer(x, source, packing=packing, source_packing=source_packing)
         return packing.unpack(x)
 
     def _logits(self, x: Tensor) -> Tensor:

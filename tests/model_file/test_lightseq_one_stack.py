@@ -124,7 +124,7 @@ def test_gpt(suffix, pad, gpt, tmp_path, device):
                                suppress_tokens=None if pad == VOCAB else [pad])
         said.append(ids[0, len(context):].tolist())
         assert hypotheses[0].tokens.tolist() == said[-1]
-    assert len(set(sum(said, []))) > 5
+    assert len(set(map(tuple, said))) == 6
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
