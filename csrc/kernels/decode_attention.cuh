@@ -107,12 +107,13 @@ __device__ __forceinline__ void finish(T* context, const Softmax& softmax) {
 // CUDA kernels
 
 // WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B).
-// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,), context (R, H, D). Dynamic shared
-// memory: LANES pieces a warp.
+// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,), context (R, H, D). What comes first in
+// each past, or null: before (N, 2, H, D), a sentence's first token and its end at bounds[b * apart] and the one behind,
+// its last token left out. Dynamic shared memory: LANES pieces a warp.
 template <typename T, int LANES, int WARPS>
 __global__ void __launch_bounds__(1024)
     self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps, int beam,
-                   int most, int dim, long value_offset) {
+                   const T* before, const int* bounds, int apart, int most, int dim, long value_offset) {
   constexpr int kGroups = kWarp / LANES, kStride = WARPS * kGroups;
   extern __shared__ Piece pieces[];
   const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y, k = threadIdx.x / (WARPS * kWarp);
@@ -131,26 +132,35 @@ __global__ void __launch_bounds__(1024)
   float q[kOctet] = {};
   if (real) load<kOctet>(own, q);
   Softmax softmax;
-  for (int first = 0; first < now; first += kStride * kUnroll) {
-    Packed<T, kOctet> key[kUnroll], value[kUnroll];
+  const auto walk = [&](int count, long values_at, const auto& slot_of) {
+    for (int first = 0; first < count; first += kStride * kUnroll) {
+      Packed<T, kOctet> key[kUnroll], value[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int p = first + u * kStride + group, at = p < now ? p : 0;
-      const T* const slot = keys + (static_cast<long>(at) * beam + history[at]) * dim;
-      key[u] = request<kOctet>(slot);
-      value[u] = request<kOctet>(slot + value_offset);
-    }
-    float score[kUnroll], v[kUnroll][kOctet];
+      for (int u = 0; u < kUnroll; ++u) {
+        const int p = first + u * kStride + group;
+        const T* const slot = slot_of(p < count ? p : 0);
+        key[u] = request<kOctet>(slot);
+        value[u] = request<kOctet>(slot + values_at);
+      }
+      float score[kUnroll], v[kUnroll][kOctet];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float wide[kOctet];
-      key[u].widen(wide);
-      value[u].widen(v[u]);
-      score[u] = group_sum<LANES>(real ? dot(q, wide) : 0.f);
-      if (first + u * kStride + group >= now) score[u] = -INFINITY;
+      for (int u = 0; u < kUnroll; ++u) {
+        float wide[kOctet];
+        key[u].widen(wide);
+        value[u].widen(v[u]);
+        score[u] = group_sum<LANES>(real ? dot(q, wide) : 0.f);
+        if (first + u * kStride + group >= count) score[u] = -INFINITY;
+      }
+      softmax.add(score, v);
     }
-    softmax.add(score, v);
+  };
+  if (before) {
+    const int begin = bounds[sentence * apart], end = bounds[sentence * apart + 1];
+    const long width = static_cast<long>(heads) * dim;
+    const T* const texts = before + begin * 2 * width + head * dim + (real ? column : 0);
+    walk(end - begin - 1, width, [&](int at) { return texts + at * 2 * width; });
   }
+  walk(now, value_offset, [&](int at) { return keys + (static_cast<long>(at) * beam + history[at]) * dim; });
   if (warp == 0) {  // this step's own key and value, which no slot holds yet
     float wide[kOctet] = {}, v[1][kOctet] = {};
     if (real) {
@@ -263,8 +273,9 @@ void dispatch_lanes(int dim, F&& f) {
 }
 
 template <typename T>
-void self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps, int batch,
-                    int beam, int most, int heads, int dim, cudaStream_t stream) {
+void self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps,
+                    const T* before, const int* bounds, int apart, int batch, int beam, int most, int heads, int dim,
+                    cudaStream_t stream) {
   const long value_offset = static_cast<long>(batch) * heads * most * beam * dim;
   dispatch_lanes(dim, [&](auto lanes) {
     constexpr int LANES = decltype(lanes)::value;
@@ -272,10 +283,11 @@ void self_attention(T* context, T* cache, const T* qkv, const unsigned char* anc
       constexpr int WARPS = decltype(warps)::value;
       launch_early("decode_attention::self_attention", self_attention<T, LANES, WARPS>, dim3(heads, batch),
                    beam * WARPS * kWarp, beam * WARPS * LANES * static_cast<int>(sizeof(Piece)), stream, context, cache,
-                   qkv, ancestors, steps, beam, most, dim, value_offset);
+                   qkv, ancestors, steps, beam, before, bounds, apart, most, dim, value_offset);
     };
-    if (most > 64 && beam <= 4) return launch(std::integral_constant<int, 8>{});
-    if (most > 64 && beam <= 8) return launch(std::integral_constant<int, 4>{});
+    const bool is_long = most > 64 || before;
+    if (is_long && beam <= 4) return launch(std::integral_constant<int, 8>{});
+    if (is_long && beam <= 8) return launch(std::integral_constant<int, 4>{});
     if (beam <= 16) return launch(std::integral_constant<int, 2>{});
     launch(std::integral_constant<int, 1>{});
   });

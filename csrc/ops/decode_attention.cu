@@ -6,17 +6,23 @@
 namespace lightseq {
 namespace {
 
-// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,) -> context (R, H * D)
-Tensor self_attention(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps) {
+// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,), before (N, 2, H, D) with cu_seqlens
+// (B + 1,) or (B, 2), or neither -> context (R, H * D)
+Tensor self_attention(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps, std::optional<Tensor> before,
+                      std::optional<Tensor> cu_seqlens) {
   LIGHTSEQ_EXPECT(qkv.is_contiguous() && cache.is_contiguous() && ancestors.is_contiguous());
+  LIGHTSEQ_EXPECT(before.has_value() == cu_seqlens.has_value());
+  LIGHTSEQ_EXPECT(!before || (before->is_contiguous() && cu_seqlens->is_contiguous()));
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   const int64_t rows = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
   Tensor context = torch::stable::new_empty(qkv, {rows, heads * dim});
   dispatch("decode_self_attention", qkv, [&](auto type) {
     using T = decltype(type);
     decode_attention::self_attention<T>(data<T>(context), data<T>(cache), data<T>(qkv), data<unsigned char>(ancestors),
-                                        data<int>(steps), ancestors.size(0), ancestors.size(1), ancestors.size(2),
-                                        heads, dim, current_stream(qkv));
+                                        data<int>(steps), before ? data<T>(*before) : nullptr,
+                                        before ? data<int>(*cu_seqlens) : nullptr,
+                                        before && cu_seqlens->dim() == 2 ? 2 : 1, ancestors.size(0), ancestors.size(1),
+                                        ancestors.size(2), heads, dim, current_stream(qkv));
   });
   return context;
 }

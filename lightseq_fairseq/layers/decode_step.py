@@ -1,8 +1,10 @@
 """One decoding step of all beams with fixed shapes and no host in it, so that a CUDA graph can hold it.
 
-The weights are those of an :class:`IncrementalDecoder`. Few rows take six ``decode_linear`` and two attentions a layer:
-between sublayers travel the sum in front of the norm and its moments, and whoever reads it normalises. Many go through
-torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and normalises.
+A decoder without encoder continues texts: their keys and values, which all beams of a sentence share, lie where those
+of sources do. The weights are those of an :class:`IncrementalDecoder`. Few rows take six ``decode_linear`` and two
+attentions a layer: between sublayers travel the sum in front of the norm and its moments, and whoever reads it
+normalises. Many go through torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and
+normalises.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def fits(config: TransformerConfig) -> bool:
     """Whether :class:`DecodeStep` can be built of such a model."""
     head_dim = config.decoder_embed_dim // config.decoder_attention_heads
     return (head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM and config.decoder_layers > 0
-            and not config.cross_self_attention and not config.no_cross_attention)
+            and not config.cross_self_attention and config.no_cross_attention != config.has_encoder)
 
 
 @dataclass
@@ -43,9 +45,9 @@ class DecodeBuffers:
     cache: Tensor
     """(L, 2, B, H, T * K, D): see ops/decode_attention.py."""
     source: Tensor
-    """(L, N, 2, H, D): keys and values of cross-attention."""
+    """(L, N, 2, H, D): keys and values of cross-attention, or of the texts that are continued."""
     cu_seqlens: Tensor
-    """(B + 1,) int32."""
+    """(B + 1,) or (B, 2) int32, see ops/decode_attention.py."""
     ancestors: Tensor
     """(B, K, T) uint8."""
     steps: Tensor
@@ -57,6 +59,13 @@ class DecodeBuffers:
     def beam(self) -> int:
         """K."""
         return self.ancestors.size(1)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """First source token of each sentence and the end of its last, (B,) each."""
+        if self.cu_seqlens.dim() == 2:
+            return self.cu_seqlens[:, 0], self.cu_seqlens[:, 1]
+        return self.cu_seqlens[:-1], self.cu_seqlens[1:]
 
 
 @dataclass
@@ -91,8 +100,9 @@ class DecodeStep:
 
     @property
     def input_positions(self) -> Tensor | None:
-        """The position table where it is added to the embedding at once, and not behind a projection."""
-        return self.positions if self.decoder.project_in_dim is None else None
+        """The position table where it is added to the embedding at once: not behind a projection, nor where sentences
+        begin at positions of their own."""
+        return self.positions if self.decoder.project_in_dim is None and self.config.has_encoder else None
 
     def buffers(self, batch: int, beam: int, steps_at_most: int, source_tokens: int, cu_seqlens: Tensor,
                 steps: Tensor) -> DecodeBuffers:
@@ -106,11 +116,21 @@ class DecodeStep:
             new_zeros(batch * beam, self.config.input_dim))
 
     def start(self, source: Tensor, buffers: DecodeBuffers) -> None:
-        """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input."""
-        assert self.cross_kv is not None
+        """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input.
+
+        Without encoder ``source`` (M, E + 2 * L * C) is what was read of the texts: token embeddings without positions,
+        keys and values.
+        """
         heads, dim = self.layers[0].heads, self.layers[0].head_dim
-        joint = self.cross_kv(source).view(-1, len(self.layers), 2, heads, dim)
+        width = self.config.input_dim
+        joint = source[:, width:] if self.cross_kv is None else self.cross_kv(source)
+        joint = joint.reshape(-1, len(self.layers), 2, heads, dim)
         buffers.source[:, :source.size(0)].copy_(joint.transpose(0, 1))
+        if self.cross_kv is None:
+            last = (buffers.bounds[1].long() - 1).clamp(min=0)
+            newest = source[:, :width].index_select(0, last).unsqueeze(1)  # (B, 1, E)
+            buffers.x.view(-1, buffers.beam, width).copy_(newest.expand(-1, buffers.beam, -1))
+            return
         first = self.embeddings[self.config.start].float() * self.embed_scale
         if self.input_positions is not None:
             first = first + self.input_positions[self.first_position].float()
@@ -123,16 +143,18 @@ class DecodeStep:
         stream = _Stream(self._embed(buffers), self.layers[0].self_norm if pre else None)
         for index, layer in enumerate(self.layers):
             qkv = self._read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
-            context = decode_self_attention(qkv, buffers.cache[index], buffers.ancestors, buffers.steps)
-            stream = self._join(context, layer.out, stream, layer.cross_norm if pre else layer.self_norm)
-            assert layer.cross_q is not None
-            q = self._read(stream, layer.cross_q)
-            context = decode_cross_attention(q, buffers.source[index], buffers.cu_seqlens, buffers.beam)
-            stream = self._join(context, layer.cross_out, stream, layer.final_norm if pre else layer.cross_norm)
+            before = (buffers.source[index], buffers.cu_seqlens) if layer.cross_q is None else (None, None)
+            context = decode_self_attention(qkv, buffers.cache[index], buffers.ancestors, buffers.steps, *before)
+            following = layer.final_norm if layer.cross_q is None else layer.cross_norm
+            stream = self._join(context, layer.out, stream, following if pre else layer.self_norm)
+            if layer.cross_q is not None:
+                q = self._read(stream, layer.cross_q)
+                context = decode_cross_attention(q, buffers.source[index], buffers.cu_seqlens, buffers.beam)
+                stream = self._join(context, layer.cross_out, stream, layer.final_norm if pre else layer.cross_norm)
             hidden = self._read(stream, layer.fc1)
             last = index + 1 == len(self.layers)
-            following = self.last_norm if last else self.layers[index + 1].self_norm
-            stream = self._join(hidden, layer.fc2, stream, following if pre else layer.final_norm)
+            next_norm = self.last_norm if last else self.layers[index + 1].self_norm
+            stream = self._join(hidden, layer.fc2, stream, next_norm if pre else layer.final_norm)
         if not pre and self.last_norm is not None:  # a second norm, as fairseq has it
             stream = _Stream(_normed(stream), self.last_norm)
         if self.project_out is not None:
@@ -182,9 +204,13 @@ class DecodeStep:
         x = buffers.x
         if self.decoder.project_in_dim is not None:
             x = self.decoder.project_in_dim(x)
-            if self.positions is not None:
-                x = x + self.positions[self.first_position + buffers.steps.repeat_interleave(
-                    buffers.beam, output_size=x.size(0))]
+        if self.positions is not None and self.input_positions is None:
+            position = buffers.steps
+            if not self.config.has_encoder:
+                first, end = buffers.bounds
+                position = (position + end - first - 1).clamp(min=0)
+            x = x + self.positions[self.first_position + position.repeat_interleave(
+                buffers.beam, output_size=x.size(0))]
         norm = self.decoder.layernorm_embedding
         return x if norm is None else norm(x)
 

@@ -137,12 +137,14 @@ class IncrementalDecoder:
         x = self.embeddings[tokens]
         x = x if decoder.project_in_dim is None else decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            table = decoder.embed_positions.upto(state.longest + state.steps, self.embeddings)
-            position = decoder.embed_positions.offset + state.steps - 1
+            positions = decoder.embed_positions
+            table = positions.upto(min(state.longest + state.steps, positions.max_positions), self.embeddings)
+            position = positions.offset + state.steps - 1
             if state.read_before is None:
                 x = x + table[position]
-            else:
-                x = x + table[position + state.read_before.repeat_interleave(tokens.numel() // state.batch)]
+            else:  # finished sentences may lie beyond the end
+                rows = (position + state.read_before).clamp(max=table.size(0) - 1)
+                x = x + table[rows.repeat_interleave(tokens.numel() // state.batch)]
         return x if decoder.layernorm_embedding is None else decoder.layernorm_embedding(x)
 
 

@@ -11,6 +11,9 @@ decode_self_attention: keys and values are written once and never move; a table 
                                     written to the slots of this step
     ancestors  (B, K, T) uint8      the beam j whose slot of step p belongs to the history of beam k, p < step
     steps      (B,) int32           steps of each sentence before this one, less than T
+    before     (N, 2, H, D)         or None: keys and values that come first in the past of all beams of a sentence, of
+                                    the text that it continues; cu_seqlens as below. The last token of each text is left
+                                    out, since that is what the first step is fed
     context    (R, H * D)
 
 decode_cross_attention: all beams of a sentence read the same keys and values.
@@ -36,7 +39,8 @@ HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 256
 """Head sizes are multiples of the one up to the other."""
 
 
-def _self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: Tensor) -> Tensor:
+def _self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: Tensor, before: Tensor | None = None,
+                    cu_seqlens: Tensor | None = None) -> Tensor:
     rows, _, heads, dim = qkv.shape
     batch, beam, most = ancestors.shape
     wide = accumulate_dtype(qkv.dtype)
@@ -51,9 +55,24 @@ def _self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: Tensor
     seen = torch.cat((past.expand(-1, beam, -1), torch.ones_like(past[..., :1]).expand(-1, beam, -1)), 2)
     index = slots[:, None, :, :, None].expand(-1, heads, -1, -1, dim)  # (B, H, K, T + 1, D)
     keys, values = (part.unsqueeze(2).expand(-1, -1, beam, -1, -1).gather(3, index).to(wide) for part in cache)
+    if before is not None and cu_seqlens is not None:
+        texts, there = _texts(before, cu_seqlens)
+        seen = torch.cat((there.unsqueeze(1).expand(-1, beam, -1), seen), 2)
+        keys, values = (torch.cat((text.to(wide).unsqueeze(2).expand(-1, -1, beam, -1, -1), own), 3)
+                        for text, own in zip(texts, (keys, values), strict=True))
     scores = torch.einsum("bkhd,bhktd->bhkt", parts[:, :, 0].to(wide), keys)
     weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhkt,bhktd->bkhd", weights, values).reshape(rows, heads * dim).to(qkv.dtype)
+
+
+def _texts(before: Tensor, cu_seqlens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Keys and values (B, H, S, D) each, of all texts without their last tokens, and where they are, (B, S)."""
+    bounds = cu_seqlens if cu_seqlens.dim() == 2 else cu_seqlens.unfold(0, 2, 1)
+    first, lengths = bounds[:, :1].long(), (bounds[:, 1:] - bounds[:, :1] - 1).clamp(min=0)
+    places = torch.arange(int(lengths.max()), device=before.device)
+    there = places < lengths
+    rows = torch.where(there, first + places, 0)
+    return [part[rows].transpose(1, 2).where(there[:, None, :, None], 0) for part in before.unbind(1)], there
 
 
 def _cross_attention(q: Tensor, keys_values: Tensor, cu_seqlens: Tensor, beam: int) -> Tensor:
@@ -71,14 +90,16 @@ def _cross_attention(q: Tensor, keys_values: Tensor, cu_seqlens: Tensor, beam: i
 
 
 _decode_self_attention = register(
-    "decode_self_attention(Tensor qkv, Tensor(a!) cache, Tensor ancestors, Tensor steps) -> Tensor", _self_attention,
+    "decode_self_attention(Tensor qkv, Tensor(a!) cache, Tensor ancestors, Tensor steps, Tensor? before=None,"
+    " Tensor? cu_seqlens=None) -> Tensor", _self_attention,
     lambda qkv, *rest: qkv.new_empty(qkv.size(0), qkv.size(2) * qkv.size(3)))
 _decode_cross_attention = register(
     "decode_cross_attention(Tensor q, Tensor keys_values, Tensor cu_seqlens, int beam) -> Tensor", _cross_attention,
     lambda q, *rest: torch.empty_like(q))
 
 
-def decode_self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: Tensor) -> Tensor:
+def decode_self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: Tensor, before: Tensor | None = None,
+                          cu_seqlens: Tensor | None = None) -> Tensor:
     """One step over each beam's own past, (R, H * D); see the head of this file.
 
     Raises ValueError for shapes or dtypes that do not fit.
@@ -92,10 +113,17 @@ def decode_self_attention(qkv: Tensor, cache: Tensor, ancestors: Tensor, steps: 
           (cache.dtype == qkv.dtype, lambda: f"cache must be {qkv.dtype} as qkv is, got {cache.dtype}"),
           (ancestors.dtype == torch.uint8, lambda: f"ancestors must be uint8, got {ancestors.dtype}"),
           (steps.shape == (batch,) and steps.dtype == torch.int32,
-           lambda: f"steps must be ({batch},) int32, got {shape(steps)} {steps.dtype}"))
+           lambda: f"steps must be ({batch},) int32, got {shape(steps)} {steps.dtype}"),
+          ((before is None) == (cu_seqlens is None), lambda: "before and cu_seqlens need each other"),
+          (before is None or (before.shape[1:] == (2, heads, dim) and before.dtype == qkv.dtype
+                              and before.is_contiguous()),
+           lambda: f"before must be (N, 2, {heads}, {dim}) {qkv.dtype}, contiguous, got {shape(before)}"),
+          (cu_seqlens is None or (cu_seqlens.shape in ((batch + 1,), (batch, 2)) and cu_seqlens.dtype == torch.int32
+                                  and cu_seqlens.is_contiguous()),
+           lambda: f"cu_seqlens must be ({batch + 1},) or ({batch}, 2) int32, contiguous, got {shape(cu_seqlens)}"))
     if qkv.is_cuda:
         _extension.loaded()
-    return _decode_self_attention(qkv.contiguous(), cache, ancestors, steps)
+    return _decode_self_attention(qkv.contiguous(), cache, ancestors, steps, before, cu_seqlens)
 
 
 def decode_cross_attention(q: Tensor, keys_values: Tensor, cu_seqlens: Tensor, beam: int) -> Tensor:

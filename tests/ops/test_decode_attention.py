@@ -47,6 +47,36 @@ def test_self_attention(beam, most, dim, dtype, device):
     assert torch.equal(cache, before)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 64, 72])
+@pytest.mark.parametrize(("beam", "most"), [(1, 20), (4, 70), (11, 9)], ids=str)
+def test_self_attention_behind_a_text(beam, most, dim, dtype, apart, device):
+    """Texts of one token, which is the first step's own, of none (a place that nobody takes) and of many."""
+    heads, steps, lengths = 3, [0, most - 1, 2, 0, 5], [1, 40, 7, 0, 150]
+    batch, draw = len(steps), torch.Generator().manual_seed(most * dim)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    qkv = torch.randn(batch * beam, 3, heads, dim, generator=draw)
+    qkv[:, 0] *= 3 * dim**-0.5
+    qkv = qkv.to(device, dtype)
+    cache = torch.randn(2, batch, heads, most * beam, dim, generator=draw).to(device, dtype)
+    before = torch.randn(bounds[-1] + 3, 2, heads, dim, generator=draw).to(device, dtype)
+    ancestors = torch.randint(beam, (batch, beam, most), generator=draw, dtype=torch.uint8).to(device)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    if apart:
+        cu_seqlens = cu_seqlens.unfold(0, 2, 1).contiguous()
+    step = torch.tensor(steps, dtype=torch.int32, device=device)
+    context = decode_self_attention(qkv, cache, ancestors, step, before, cu_seqlens)
+    for b, now in enumerate(steps):
+        text = before[bounds[b]:max(bounds[b + 1] - 1, bounds[b])].double().permute(1, 2, 0, 3)  # (2, H, S, D)
+        for k in range(beam):
+            history = [p * beam + int(ancestors[b, k, p]) for p in range(now)] + [now * beam + k]
+            keys, values = torch.cat((text, cache[:, b][:, :, history].double()), 2)
+            q = qkv[b * beam + k, 0].double().unsqueeze(1)  # (H, 1, D)
+            want = F.scaled_dot_product_attention(q, keys, values, scale=1.0)[:, 0]
+            close(context[b * beam + k].view(heads, dim), want, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("beam", [1, 2, 3, 4, 5, 11])
@@ -94,6 +124,12 @@ def test_what_does_not_fit_is_named(device):
     with pytest.raises(ValueError, match=r"q must have shape \(6, 16\)"):
         decode_cross_attention(torch.zeros(5, 16, device=device), torch.zeros(9, 2, 2, 8, device=device),
                                torch.tensor([0, 4, 9], dtype=torch.int32, device=device), 3)
+    cache = torch.zeros(2, 2, 2, 12, 8, device=device)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="before and cu_seqlens need each other"):
+        decode_self_attention(qkv, cache, ancestors, step, None, bounds)
+    with pytest.raises(ValueError, match=r"before must be \(N, 2, 2, 8\).* cu_seqlens must be \(3,\) or"):
+        decode_self_attention(qkv, cache, ancestors, step, torch.zeros(9, 2, 3, 8, device=device), bounds[:2])
 
 
 def test_contract(device):
@@ -101,5 +137,8 @@ def test_contract(device):
         step = torch.ones(2, dtype=torch.int32)
         torch.library.opcheck(torch.ops.lightseq.decode_self_attention.default, (
             torch.randn(6, 3, 2, 8), torch.randn(2, 2, 2, 12, 8), torch.zeros(2, 3, 4, dtype=torch.uint8), step))
+        torch.library.opcheck(torch.ops.lightseq.decode_self_attention.default, (
+            torch.randn(6, 3, 2, 8), torch.randn(2, 2, 2, 12, 8), torch.zeros(2, 3, 4, dtype=torch.uint8), step,
+            torch.randn(9, 2, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32)))
         torch.library.opcheck(torch.ops.lightseq.decode_cross_attention.default, (
             torch.randn(6, 16), torch.randn(9, 2, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32), 3))
