@@ -50,9 +50,9 @@ def export_ls_embedding(file: Any, state_dict: Mapping[str, Tensor], max_length:
                         save_pb: bool = True) -> None:
     """Write the token embedding times sqrt(emb_dim), the target's transposed, and ``max_length`` positions.
 
-    The tensor is the one with ``embed_tokens`` in its name: fairseq's (V, emb_dim), an ``LSTransformerEmbeddingLayer``'s
-    ``embeddings``, or LightSeq's own, flat with one clipping limit behind it. Positions are sinusoids, or the learned
-    ``embed_positions.weight`` of fairseq, ``pos_embeddings`` of an ``LSTransformerEmbeddingLayer``.
+    The tensor is the one with ``embed_tokens`` in its name: fairseq's (V, emb_dim), ``embeddings`` of an
+    ``LSTransformerEmbeddingLayer``, or LightSeq's own, flat with one clipping limit behind it. Positions are sinusoids,
+    or the learned ``embed_positions.weight`` of fairseq, ``pos_embeddings`` of an ``LSTransformerEmbeddingLayer``.
     """
     side, prefix = ("encoder", "src_embedding") if is_encoder else ("decoder", "trg_embedding")
     unwritten = [name for name in state_dict if "embed_tokens.layer_norm" in name]
@@ -110,6 +110,39 @@ def export_fs_weights(transformer: Any, state_dict: Mapping[str, Tensor], args: 
     table = state_dict[_only(state_dict, "embed_tokens", "decoder")]
     width = state_dict["decoder.layer_norm.weight"].numel()
     _backend(save_pb).put(transformer, "trg_embedding/shared_bias", torch.zeros(table.numel() // width))
+
+
+def unpack_ls_layers(state_dict: Mapping[str, Tensor], hidden_size: int, intermediate_size: int,
+                     num_decoder_layer: int) -> dict[str, Tensor]:
+    """A checkpoint of LightSeq's own ``LSTransformer``, for ``lightseq_fairseq.training.LSTransformer``.
+
+    Its flat ``para`` are taken apart into separate tensors by fairseq's names, the keys and values of layer 0 given to
+    the layers that use them; half-precision copies (``para_16``) and clipping limits are left out. Anything else keeps
+    its name. ExportError names a ``para`` of another length.
+    """
+    unpacked: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        parent, _, last = name.rpartition(".")
+        if last == "para" and parent.endswith("embed_tokens"):
+            table = tensor[:tensor.numel() // hidden_size * hidden_size]
+            unpacked[f"{parent}.embeddings"] = table.view(-1, hidden_size)
+        elif last not in ("para", "para_16"):
+            unpacked[name] = tensor
+    for side, nlayer in (("encoder", 0), ("decoder", num_decoder_layer)):
+        packed = {name: tensor for name, tensor in state_dict.items()
+                  if name.endswith(".para") and side in name.split(".") and "embed_tokens" not in name}
+        for index, layer in _layers(packed, side, hidden_size, intermediate_size, nlayer) if packed else ():
+            for name, tensor in layer.items():
+                owner, part = name.rpartition(".")[::2]
+                if owner == "self_attn.qkv":
+                    for key, value in zip("qkv", tensor.chunk(3), strict=True):
+                        unpacked[f"{side}.layers.{index}.self_attn.{key}_proj.{part}"] = value
+                elif owner == "encoder_attn.kv":
+                    for i, value in enumerate(tensor.chunk(2 * nlayer)):
+                        unpacked[f"{side}.layers.{i // 2}.encoder_attn.{'kv'[i % 2]}_proj.{part}"] = value
+                elif name != "limits":
+                    unpacked[f"{side}.layers.{index}.{name}"] = tensor
+    return unpacked
 
 
 def _backend(save_pb: bool) -> Any:

@@ -16,6 +16,7 @@ from lightseq_fairseq.export import (
     export_ls_decoder,
     export_ls_embedding,
     export_ls_encoder,
+    unpack_ls_layers,
 )
 from lightseq_fairseq.model_file import load
 from lightseq_fairseq.model_file.lightseq import sinusoids
@@ -104,6 +105,24 @@ def test_protobuf_from_lightseqs_packed_layers(tmp_path, limits):
     export_all(file, pack(weights(), limits))
     (tmp_path / "t.pb").write_bytes(file.SerializeToString())
     assert_loads(tmp_path / "t.pb", weights(), first_position=0)
+
+
+@pytest.mark.parametrize("limits", [True, False], ids=["version 3", "version 2"])
+def test_packed_layers_go_on_training(limits):
+    """In the layers of LightSeq's names, whose state is not packed."""
+    from lightseq_fairseq.training import LSTransformer
+
+    state_dict, width = weights(tgt_vocab_size=11), 12
+    packed = pack(state_dict, limits) | {"encoder.layers.0.para_16": torch.zeros(3)}
+    del packed["decoder.output_projection.weight"]  # LightSeq's is no parameter
+    model = LSTransformer(LSTransformer.get_config(
+        model="transformer-base", hidden_size=width, intermediate_size=INNER, nhead=3, num_encoder_layer=LAYERS[0],
+        num_decoder_layer=LAYERS[1], vocab_size=11, padding_idx=1, max_seq_len=9))
+    model.load_state_dict(unpack_ls_layers(packed, width, INNER, LAYERS[1]))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state_dict[name.replace("tokens.embeddings", "tokens.weight")]), name
+    with pytest.raises(ExportError, match=r"encoder.layers.0.para: expected \d+ or \d+ values for hidden_size=24"):
+        unpack_ls_layers(packed, 24, INNER, LAYERS[1])
 
 
 def test_learned_positions(tmp_path):
