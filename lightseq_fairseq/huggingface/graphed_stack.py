@@ -8,10 +8,11 @@ graph's memory, so that until then others run layer by layer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ _STEPS = 8
 _LEAST = 64
 _MOST_GRAPHS = 48
 """Of one stack; batches of yet other sizes run layer by layer."""
+
+
+Slot = tuple[dict[str, Any], str]
+"""A module's parameters by name, and one of the names."""
 
 
 class Size(NamedTuple):
@@ -76,6 +81,8 @@ class _Passes(NamedTuple):
     seeds: Tensor | None
     keys_values: Tensor | None
     """(rows, layers, 2, H, D), where they are kept."""
+    used: list[bool]
+    """Which parameters get gradients; known when ``backward`` has run or been captured."""
 
 
 class GraphedStack:
@@ -95,6 +102,7 @@ class GraphedStack:
 
     def _forget(self) -> None:
         self.params: list[Tensor] = []
+        self.slots: list[Slot] = []
         self.addresses: list[tuple[int, bool]] = []
         self.passes: dict[Size, _Passes] = {}
         self.seen: set[tuple[Any, ...]] = set()
@@ -102,20 +110,20 @@ class GraphedStack:
         self.awaiting: weakref.ref[_Turn] | None = None
 
     def replay_for(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor,
-                   params: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
+                   slots: list[Slot]) -> Callable[[Tensor], Tensor] | None:
         """What computes ``run`` from the packed input of the first of ``layers`` to the output of the last; None where
-        they have to be called. ``params`` are all of their parameters."""
+        they have to be called. ``slots`` hold all of their parameters."""
         if hidden_states.device.type not in self.devices or not torch.is_grad_enabled():
             return None
-        trained = [param for param in params if param.requires_grad]
         source = run.source
-        if not (trained or hidden_states.requires_grad or (source is not None and source.requires_grad)):
+        differentiable = [hidden_states, *(owner[name] for owner, name in slots), *([] if source is None else [source])]
+        if not any(tensor.requires_grad for tensor in differentiable):
             return None
         obstacle = self._obstacle(layers, run, hidden_states)
         if obstacle is not None:
             logger.debug("layers run one by one, because %s", obstacle)
             return None
-        if not self._adopt(params, hidden_states.device):
+        if not self._adopt(slots, hidden_states.device):
             logger.debug("layers run one by one, because parameters are on several devices")
             return None
         device = hidden_states.device.type
@@ -155,7 +163,6 @@ class GraphedStack:
         obstacles = {
             "an earlier forward pass still awaits its backward pass": awaited is not None and not awaited.over,
             "keys and values of a source are kept": isinstance(run.inputs.past_key_values, EncoderDecoderCache),
-            "there are no tokens": run.packing.count == 0,
             "activations are checkpointed":
                 any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers),
             "the model is a replica": any(getattr(layer, "_is_replica", False) for layer in layers),
@@ -163,22 +170,40 @@ class GraphedStack:
         }
         return next((words for words, holds in obstacles.items() if holds), None)
 
-    def _adopt(self, params: list[Tensor], device: torch.device) -> bool:
+    def _adopt(self, slots: list[Slot], device: torch.device) -> bool:
         """Start anew where the memory of a parameter is another than that which graphs refer to; False where some are
         not on ``device``."""
+        params = [owner[name] for owner, name in slots]
         addresses = [(param.data_ptr(), param.requires_grad) for param in params]
         if addresses == self.addresses:
             return True
         self._forget()
         if any(param.device != device for param in params):
             return False
-        self.addresses, self.params = addresses, [param for param in params if param.requires_grad]
+        self.addresses, self.slots = addresses, slots
+        self.params = [param for param in dict.fromkeys(params) if param.requires_grad]
         self.flat = {dtype: torch.zeros(sum(param.numel() for param in self.params if param.dtype == dtype),
                                         dtype=dtype, device=device)
                      for dtype in {param.dtype for param in self.params}}
         self.grads = self.views(self.flat)
-        self.used: list[bool] = []
         return True
+
+    @contextlib.contextmanager
+    def _leaves(self) -> Iterator[list[Tensor]]:
+        """New tensors of the same memory in the place of all parameters; yields those that are trained.
+
+        Hooks on a parameter run once this way, outside, and nothing of the graph depends on the stream in which
+        somebody used the parameter first.
+        """
+        params = [owner[name] for owner, name in self.slots]
+        leaves = {param: param.detach().requires_grad_(param.requires_grad) for param in dict.fromkeys(params)}
+        try:
+            for (owner, name), param in zip(self.slots, params, strict=True):
+                owner[name] = leaves[param]
+            yield [leaves[param] for param in self.params]
+        finally:
+            for (owner, name), param in zip(self.slots, params, strict=True):
+                owner[name] = param
 
     def views(self, flat: dict[torch.dtype, Tensor]) -> list[Tensor]:
         """The parts of ``flat``, one tensor for each type, that belong to the parameters."""
@@ -198,7 +223,7 @@ class GraphedStack:
             source_cu = zeros(size.sentences + 1, dtype=torch.int32, device=device)
         passes = _Passes(lambda: None, lambda: None, x, torch.zeros_like(x), source, dsource,
                          zeros(size.sentences + 1, dtype=torch.int32, device=device), source_cu,
-                         None if run.seeds is None else torch.zeros_like(run.seeds), None)
+                         None if run.seeds is None else torch.zeros_like(run.seeds), None, [])
         if size.keeps:
             attention = _attention(layers[0])
             passes = passes._replace(keys_values=zeros(
@@ -228,7 +253,7 @@ class GraphedStack:
         if passes.source_cu_seqlens is not None:
             source_packing = Packing(None, passes.source_cu_seqlens, nobody, size.sentences, size.source_width)
         device = passes.x.device.type
-        left: list[tuple[Tensor, list[Tensor]]] = []
+        left: list[tuple[Tensor, list[Tensor]]] = []  # the output, and what to differentiate it by
 
         def forward() -> None:
             x = passes.x.detach().requires_grad_(size.inputs_need_grad[0])
@@ -238,7 +263,8 @@ class GraphedStack:
             inputs = [tensor for tensor in (x, source) if tensor is not None and tensor.requires_grad]
             run = Run(packing, source_packing, causal, passes.seeds, True, LayerInputs(), source)
             # casts that autocast keeps would be the graph's memory
-            with torch.autocast(device, size.autocast, enabled=size.autocast is not None, cache_enabled=False):
+            with self._leaves() as leaves, torch.autocast(device, size.autocast, enabled=size.autocast is not None,
+                                                          cache_enabled=False):
                 for index, layer in enumerate(layers):
                     if passes.keys_values is None:
                         x = layer.compute(x, source, run, run.next_seeds())
@@ -249,16 +275,16 @@ class GraphedStack:
                     finally:
                         _attention(layer).keep = None
             passes.edge.copy_(x.detach())
-            left.append((x, inputs))
+            left.append((x, [*inputs, *leaves]))
 
         def backward() -> None:
             y, inputs = left.pop()
-            grads = list(torch.autograd.grad(y, [*inputs, *self.params], passes.edge.to(y.dtype), allow_unused=True))
+            grads = list(torch.autograd.grad(y, inputs, passes.edge.to(y.dtype), allow_unused=True))
             for place, needed in ((passes.edge, size.inputs_need_grad[0]), (passes.dsource, size.inputs_need_grad[1])):
                 if needed and place is not None:
                     grad = grads.pop(0)
                     place.zero_() if grad is None else place.copy_(grad)
-            self.used = [grad is not None for grad in grads]
+            passes.used[:] = [grad is not None for grad in grads]
             pairs = [(place, grad) for place, grad in zip(self.grads, grads, strict=True) if grad is not None]
             if pairs:
                 torch._foreach_copy_([place for place, _ in pairs], [grad for _, grad in pairs])
@@ -315,7 +341,7 @@ class _Replay(torch.autograd.Function):
         dx = passes.edge[:ctx.rows].clone() if ctx.needs_input_grad[1] else None
         dsource = passes.dsource[:ctx.source_rows].clone() if ctx.needs_input_grad[2] else None
         grads = stack.views({dtype: tensor.clone() for dtype, tensor in stack.flat.items()})  # autograd keeps them
-        return None, dx, dsource, *(grad if used else None for grad, used in zip(grads, stack.used, strict=True))
+        return None, dx, dsource, *(grad if used else None for grad, used in zip(grads, passes.used, strict=True))
 
 
 def _fill(place: Tensor, rows: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import output_capturing
 
-from lightseq_fairseq.huggingface.graphed_stack import GraphedStack
+from lightseq_fairseq.huggingface.graphed_stack import GraphedStack, Slot
 from lightseq_fairseq.huggingface.packed_layer import LayerInputs, PackedLayer, Run
 from lightseq_fairseq.huggingface.padding import padding_of
 from lightseq_fairseq.layers import Packing
@@ -91,20 +91,22 @@ class Stack:
         if any(p > 0 for each in layers for p in each.dropouts()):
             run.seeds = draw_seeds(len(now.layers) * TransformerDecoderLayer.SEEDS, hidden_states.device)
         if between and self.graphs is not None:
-            run.replay = self.graphs.replay_for(layers, run, hidden_states, self._parameters())
+            run.replay = self.graphs.replay_for(layers, run, hidden_states, self._parameter_slots())
         return run
 
-    def _parameters(self) -> list[Tensor]:
-        """Of all layers, each once."""
-        return list(dict.fromkeys(parameter for parts in self.layer_parts for module, _ in parts
-                                  for parameter in module._parameters.values() if parameter is not None))
+    def _parameter_slots(self) -> list[Slot]:
+        """Where the parameters of all layers are kept."""
+        return [(module._parameters, name) for parts in self.layer_parts for module, _ in parts
+                for name, parameter in module._parameters.items() if parameter is not None]
 
     def _obstacle(self, layer: PackedLayer, hidden_states: Tensor,
                   inputs: LayerInputs) -> str | tuple[Packing, Packing | None]:
         """Why our layers cannot do this call, in words, "" where that is no news; else where its tokens lie."""
         if hidden_states.dim() != 3:
             return f"hidden states of shape {tuple(hidden_states.shape)}, not (B, T, C)"
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return ""
+        if inputs.past_key_values is not None and not _is_fresh(inputs.past_key_values):
             return ""
         if _wanted_outputs() & {"attentions", "cross_attentions"}:
             return "output_attentions: attention weights exist in Hugging Face's layers alone"
@@ -113,19 +115,21 @@ class Stack:
             return changed
         if inputs.encoder_hidden_states is not None and layer.encoder_attn is None:
             return ""  # Hugging Face's layer says what is wrong
-        if inputs.past_key_values is not None and not _is_fresh(inputs.past_key_values):
-            return ""
         batch, length = hidden_states.shape[:2]
         packing = padding_of(inputs.attention_mask, batch, length, length, layer.causal, hidden_states.device)
         if packing is None:
             return ("attention_mask: more than padding is masked (give a 2-D mask, or none, to have it run by "
                     "lightseq_fairseq)")
+        if packing.count == 0:
+            return "attention_mask: a batch without a single token"
         if inputs.encoder_hidden_states is None:
             return packing, None
         source_length = inputs.encoder_hidden_states.size(1)
         source = padding_of(inputs.encoder_attention_mask, batch, length, source_length, False, hidden_states.device)
         if source is None:
             return "encoder_attention_mask: more than padding is masked (give a 2-D mask, or none)"
+        if source.count == 0:
+            return "encoder_attention_mask: sources without a single token"
         return packing, source
 
     def _changed(self) -> str | None:

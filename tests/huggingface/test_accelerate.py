@@ -239,6 +239,22 @@ def test_other_masks_than_padding_go_to_hugging_face_s_layers(kind, attention, d
     assert torch.equal(ours(**given)[0], stock(**given)[0])
 
 
+@pytest.mark.parametrize("kind", ["BertModel", "BartModel", "GPT2Model"])
+def test_sentences_without_tokens(kind, device, lines):
+    stock, ours = pair(kind, device)
+    given = batch(kind, device, lengths=(5, 5))
+    given["attention_mask"][0] = 0
+    out = ours(**given)[0]
+    out.sum().backward()
+    assert out.isfinite().all()
+    alone = {name: tensor[1:] for name, tensor in given.items()}
+    torch.testing.assert_close(ours(**alone)[0], out[1:], **LAYER)
+    assert not lines.text
+    given["attention_mask"][1] = 0
+    torch.testing.assert_close(ours(**given)[0], stock(**given)[0], equal_nan=True)
+    assert "a batch without a single token" in lines.text
+
+
 def test_a_mask_of_four_dimensions_that_is_padding_runs_here(device, attentions):
     stock, ours = pair("BertModel", device)
     given = batch("BertModel", device)

@@ -159,6 +159,29 @@ def test_a_map_that_two_layers_share(device):
     assert sizes(ours) == 1
 
 
+def test_a_hook_on_a_parameter_runs_once(device):
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
+    given = batch("BertForMaskedLM", device)
+    for model in (stock, ours):
+        model.bert.encoder.layer[1].output.dense.weight.register_hook(lambda grad: 3 * grad)
+    for _ in range(2):
+        compute(stock, given), compute(ours, given)
+        assert_same_gradients(gradients(ours), gradients(stock))
+    assert sizes(ours) == 1
+
+
+def test_an_output_of_an_earlier_step_may_live_on(device):
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
+    kept = []
+    for lengths in ((7, 3, 9), (2, 9, 9), (9, 9, 9)):
+        given = batch("BertForMaskedLM", device, lengths=lengths)
+        kept.append(compute(ours, given))
+        assert_same_gradients(kept[-1][2], compute(stock, given)[2])
+    assert sizes(ours) == 1
+    again = [ours(**batch("BertForMaskedLM", device, lengths=(7, 3, 9))).logits, kept[0][0].logits]
+    torch.testing.assert_close(*again)
+
+
 def test_copies_have_graphs_of_their_own(device):
     _, ours = pair("BertForMaskedLM", device, graphs=True)
     given = batch("BertForMaskedLM", device)
