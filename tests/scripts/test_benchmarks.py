@@ -167,3 +167,14 @@ def test_ratios_are_to_fairseq_and_to_the_fewest_gpus():
             for gpus, contender, words in ((1, "fairseq", 10), (1, "lightseq", 200), (4, "lightseq", 760))]
     assert benchmark_commands.table(rows).splitlines()[2:] == [
         "| base-512 fp16 | 1 | 10 | 200 | 20.0 | 1.00 |", "| base-512 fp16 | 4 |  | 760 |  | 3.80 |"]
+
+
+def test_a_corpus_is_the_same_work_for_all(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a dog\n\nan extraordinarily long sentence about dogs , cats and birds\n" + "a b c d\n" * 5)
+    benchmark("benchmark_corpus.py", corpus, "--size", "tiny", "--vocabulary", 40, "--beam", 2, "--repeats", 1,
+              "--out", tmp_path)
+    report, = (json.loads(path.read_text()) for path in tmp_path.glob("corpus*.json"))
+    assert report["sentences"] == 7 and report["commit"] and report["tokens"] > 7
+    assert any(row["contender"].startswith(("batches", "refill")) for row in report["rows"])
+    assert all(row["sentences_per_s"] > 0 for row in report["rows"])
