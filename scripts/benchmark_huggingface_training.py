@@ -94,6 +94,8 @@ def rows_of(size: int, dtype: str, args: argparse.Namespace) -> list[dict[str, o
     for contender in CONTENDERS:
         milliseconds(steps[contender], batches)
         milliseconds(steps[contender], batches)
+    if device.type == "cuda" and not models["lightseq"].bert.encoder.layer[0].stack.graphs.passes:
+        raise SystemExit("our layers were not replayed as graphs")
     times: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     for _ in range(args.repeats):
         for contender in CONTENDERS:

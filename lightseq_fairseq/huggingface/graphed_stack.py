@@ -103,14 +103,14 @@ class GraphedStack:
     def _forget(self) -> None:
         self.params: list[Tensor] = []
         self.slots: list[Slot] = []
-        self.addresses: list[tuple[int, bool]] = []
+        self.addresses: list[tuple[int, int, bool]] = []
         self.passes: dict[Size, _Passes] = {}
         self.seen: set[tuple[Any, ...]] = set()
         self.pool: Any = None
         self.awaiting: weakref.ref[_Turn] | None = None
 
     def replay_for(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor,
-                   slots: list[Slot]) -> Callable[[Tensor], Tensor] | None:
+                   slots: list[Slot]) -> Callable[[Run, Tensor], Tensor] | None:
         """What computes ``run`` from the packed input of the first of ``layers`` to the output of the last; None where
         they have to be called. ``slots`` hold all of their parameters."""
         if hidden_states.device.type not in self.devices or not torch.is_grad_enabled():
@@ -145,11 +145,11 @@ class GraphedStack:
         if size not in self.passes:
             self.passes[size] = self._capture(size, layers, run, hidden_states)
 
-        def replay(x: Tensor) -> Tensor:
+        def replay(run: Run, x: Tensor) -> Tensor:
             turn = _Turn(self, self.passes[size], run)
             self.awaiting = weakref.ref(turn)
             y: Tensor
-            y, keys_values = _Replay.apply(turn, x, source, *self.params)  # type: ignore[no-untyped-call]
+            y, keys_values = _Replay.apply(turn, x, run.source, *self.params)  # type: ignore[no-untyped-call]
             if keys_values is not None:
                 for index, layer in enumerate(layers):
                     fill_cache(run.packing, run.inputs.past_key_values, _attention(layer).layer_idx,
@@ -171,10 +171,10 @@ class GraphedStack:
         return next((words for words, holds in obstacles.items() if holds), None)
 
     def _adopt(self, slots: list[Slot], device: torch.device) -> bool:
-        """Start anew where the memory of a parameter is another than that which graphs refer to; False where some are
-        not on ``device``."""
+        """Start anew where a parameter, or its memory, is another than that which graphs refer to; False where some
+        are not on ``device``."""
         params = [owner[name] for owner, name in slots]
-        addresses = [(param.data_ptr(), param.requires_grad) for param in params]
+        addresses = [(id(param), param.data_ptr(), param.requires_grad) for param in params]
         if addresses == self.addresses:
             return True
         self._forget()

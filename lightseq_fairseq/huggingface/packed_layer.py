@@ -42,8 +42,8 @@ class Run:
     inputs: LayerInputs
     source: Tensor | None = None
     """(M, C) packed once, where layers hand each other packed tokens."""
-    replay: Callable[[Tensor], Tensor] | None = None
-    """All layers at once, where graphs are used: the packed input of the first -> the output of the last."""
+    replay: Callable[[Run, Tensor], Tensor] | None = None
+    """All layers at once, where graphs are used: this run, the packed input of the first -> the output of the last."""
     calls: int = 0
 
     def next_seeds(self) -> Tensor | None:
@@ -82,7 +82,7 @@ class PackedLayer(nn.Module):
         if run.replay is None:
             x = call(x, run.source, run=run, seeds=seeds, past_key_values=inputs.past_key_values)
         elif is_first:
-            x = run.replay(x)
+            x = run.replay(run, x)
         return run.packing.unpack(x) if is_last else x
 
     def forward(self, hidden_states: Tensor, *args: Any, run: Run | None = None, seeds: Tensor | None = None,

@@ -138,8 +138,9 @@ class Stack:
             for index, (module, children) in enumerate(parts):
                 if module._modules != children:
                     return f"{type(module).__name__} has other modules than when it was replaced: accelerate again"
-                if index and ("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks) \
-                        and ("forward" in module.__dict__ or _is_watched(module)):
+                if "forward" in module.__dict__:
+                    return f"somebody has given {type(module).__name__} a forward of its own (a device map does)"
+                if index and (module._forward_hooks or module._forward_pre_hooks) and _is_watched(module):
                     return f"somebody hooks into {type(module).__name__} inside a layer"
         return None
 

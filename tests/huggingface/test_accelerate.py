@@ -412,6 +412,22 @@ def test_what_comes_inside_a_layer_later_is_not_passed_over(device, attentions, 
     assert attentions == []
 
 
+def test_a_forward_given_to_a_layer_is_called(device, attentions, lines):
+    stock, ours = pair("BertModel", device)
+    given, called = batch("BertModel", device), []
+    layer = ours.encoder.layer[1]
+    inner = layer.forward
+
+    def moving(*args, **kwargs):
+        called.append(len(args))
+        return inner(*args, **kwargs)
+
+    layer.forward = moving
+    assert torch.equal(ours(**given)[0], stock(**given)[0])
+    assert len(called) == 1 and attentions == []
+    assert "a forward of its own" in lines.text
+
+
 def test_fewer_layers_later(device, attentions):
     stock, ours = pair("BertModel", device)
     given = batch("BertModel", device)
