@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+from google.protobuf.unknown_fields import UnknownFieldSet
 from torch import Tensor
 
 from lightseq_fairseq.model_file.contents import Contents, Extension, Stored
@@ -101,16 +102,16 @@ def _of_one_stack(data: bytes) -> Any | None:
     """``data``, which is no whole Transformer, as a Bert or Gpt; None if it is neither.
 
     Their ``model_conf`` has the number of a Transformer's ``trg_embedding``, but a number in it where that has an
-    array, and a Gpt's a word or a float where a Bert's has a number.
+    array, and a Gpt's a word or a float where a Bert's has a number: fields of another type are unknown ones.
     """
-    for kind in (Gpt, Bert):
+    for kind in (Bert, Gpt):
         try:
-            found = kind.FromString(data)
+            message = kind.FromString(data)
         except (DecodeError, UnicodeDecodeError):
             continue
-        names = {field.name for field, _ in found.model_conf.ListFields()}
-        if kind is Bert and names or names - {"head_num", "src_padding_id", "topk"}:
-            return found
+        parts = (message, message.src_embedding, *message.encoder_stack, message.model_conf)
+        if not any(len(UnknownFieldSet(part)) for part in parts):
+            return message
     return None
 
 

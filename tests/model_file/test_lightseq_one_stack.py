@@ -148,6 +148,19 @@ def test_a_pre_ln_bert_of_relu(suffix, bert, tmp_path):
                        arrays["encoder_stack/0/multihead_norm_scale"])
 
 
+def test_other_models_are_not_taken_for_one(bert, tmp_path):
+    """A field that neither BERT nor GPT has: of a CRF, say."""
+    path = write(tmp_path / "bert.pb", "Bert", *bert_arrays(bert))
+    path.write_bytes(path.read_bytes() + bytes([6 << 3 | 2, 4, 0, 0, 0, 0]))
+    with pytest.raises(ModelFileError, match="only BERT and GPT are supported"):
+        load(path)
+    path = write(tmp_path / "bert.hdf5", "Bert", *bert_arrays(bert))
+    with h5py.File(path, "a") as file:
+        file["crf/transitions"] = [1.0, 2.0]
+    with pytest.raises(ModelFileError, match="crf/transitions is unexpected"):
+        load(path)
+
+
 @pytest.mark.parametrize("method", ["topp", "ppl", "beam_search"])
 def test_the_longer_gpt_files_of_lightseq_3(method, gpt, tmp_path):
     conf = dict(sampling_method=method, beam_size=4, length_penalty=0.5, use_gelu=True)
