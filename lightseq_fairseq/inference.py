@@ -1,56 +1,129 @@
 """LightSeq's inference classes: ``import lightseq_fairseq.inference as lsi``.
 
     lsi.Transformer("transformer.pb", 8).infer([[1, 2, 3], [4, 5, 6]])
+    lsi.Bert.from_pretrained("bert-base-uncased").infer([[101, 7592, 102]])     # a Hugging Face folder, or a model file
+    lsi.Gpt.from_pretrained("gpt2", sampling=True, sampling_topk=5).sample([[15496, 11]])
 
 Scores and search are fairseq's (see generator/options.py), not LightSeq's; what a LightSeq file says of beam, lengths
-and sampling is taken as the default and may be changed by keyword.
+and sampling, or a Hugging Face folder in generation_config.json, is taken as the default and may be changed by keyword.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightseq_fairseq import model_file
 from lightseq_fairseq.generator.generator import Generator
-from lightseq_fairseq.generator.options import GenerationOptions
+from lightseq_fairseq.generator.model import LanguageModel
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.text_encoder import Encoded, TextEncoder
+from lightseq_fairseq.model_file import ModelFile
 
-__all__ = ["GenerationOptions", "Generator", "Transformer"]
+__all__ = ["Bart", "Bert", "GenerationOptions", "Generator", "Gpt", "TextEncoder", "Transformer"]
+
+Ids = Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]]
+Path_ = str | os.PathLike[str]
+Model = TypeVar("Model", bound="_Model")
 
 
-class Transformer:
-    """An encoder-decoder model file behind LightSeq's interface."""
+class _Model:
+    """What the classes share: a model file or a folder, a device, batches of at most ``max_batch_size``."""
 
-    def __init__(self, weight_path: str | os.PathLike[str], max_batch_size: int, **options: Any) -> None:
-        """``max_batch_size`` sentences are decoded at a time; ``options`` are fields of GenerationOptions.
+    STACKS = ""
 
-        ModelFileError if the file cannot be read, GenerationError for an option that does not exist.
+    def __init__(self, weight_path: Path_, max_batch_size: int, device: torch.device | str | None = None,
+                 dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        """``weight_path`` is a model file. ``device`` is the first GPU where there is one; ``dtype`` float32, float16
+        or bfloat16. ``options`` are fields of GenerationOptions, for models that generate.
+
+        ModelFileError if the file cannot be read, GenerationError for an option that does not exist or a model of
+        another kind.
         """
+        self._set_up(model_file.load(weight_path), max_batch_size, device, dtype, {}, options)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], path: Path_, max_batch_size: int = 128,
+                        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+                        **options: Any) -> Model:
+        """``path`` is a folder as Hugging Face's ``save_pretrained`` writes it, or a model file; otherwise as the class
+        itself. What generation_config.json suggests, in the folder or in the one that lightseq-export left beside the
+        file, is the default of the options."""
+        if Path(path).is_dir():
+            from lightseq_fairseq.export.huggingface import from_huggingface
+
+            model, beside = from_huggingface(path).model, Path(path)
+        else:
+            model, beside = model_file.load(path), Path(path).with_suffix(".tokenizer")
+        made = cls.__new__(cls)
+        made._set_up(model, max_batch_size, device, dtype, _generation_config(beside), options)
+        return made
+
+    def _set_up(self, model: ModelFile, max_batch_size: int, device: torch.device | str | None, dtype: torch.dtype,
+                suggested: dict[str, Any], options: dict[str, Any]) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        self.generator, self.max_batch_size = Generator.load(weight_path), max_batch_size
-        self.extra_decode_length = int(self.generator.decoding.get("extra_decode_length", 50))
-        self.options = GenerationOptions.from_dict({**_suggested(self.generator.decoding), **options})
+        if model.config.stacks != self.STACKS:
+            advice = {"encoder-decoder": "Transformer or Bart", "encoder": "Bert", "decoder": "Gpt"}
+            raise GenerationError(f"{type(self).__name__} runs models of stacks {self.STACKS!r}, got "
+                                  f"{model.config.stacks!r}; use {advice[model.config.stacks]}")
+        self.config, self.max_batch_size = model.config, max_batch_size
+        self._load(model, device, dtype, suggested, options)
+
+    def _load(self, model: ModelFile, device: torch.device | str | None, dtype: torch.dtype, suggested: dict[str, Any],
+              options: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _rows(self, input_seq: Ids, attention_mask: Ids | None = None) -> list[list[int]]:
+        """The tokens of each row: those that the mask has, or that are not pad."""
+        if attention_mask is None:
+            return [[int(token) for token in row if token != self.config.pad] for row in input_seq]
+        return [[int(token) for token, real in zip(row, mask, strict=True) if real]
+                for row, mask in zip(input_seq, attention_mask, strict=True)]
+
+
+class Transformer(_Model):
+    """An encoder-decoder behind LightSeq's interface; ``Bart`` is the same."""
+
+    STACKS = "encoder-decoder"
+
+    def _load(self, model: ModelFile, device: torch.device | str | None, dtype: torch.dtype, suggested: dict[str, Any],
+              options: dict[str, Any]) -> None:
+        self.generator = Generator([model], device, dtype)
+        self.extra_decode_length = int(model.decoding.get("extra_decode_length", 50))
+        suggested = dict(suggested)
+        self.first_tokens: list[int] = suggested.pop("first_tokens", [])
+        limit = suggested.pop("max_length", None)
+        chosen = {**_suggested(model.decoding), **suggested, **options}
+        self.options = GenerationOptions.from_dict(chosen | {"nbest": options.get("nbest", chosen["beam"])})
         self.limited_by_source = not {"max_len_a", "max_len_b", "match_source_len"} & options.keys()
+        if limit is not None and self.limited_by_source:  # which counts the start token and eos
+            self.options = replace(self.options, max_len_b=max(limit - 2, 1))
+            self.limited_by_source = False
 
-    def infer(self, input_seq: Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]]
+    def infer(self, input_seq: Ids, attention_mask: Ids | None = None
               ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Source ids (B, S), padded on the right or ragged, -> target ids (B, K, L) int32 and scores (B, K) float32.
+        """Source ids (B, S), padded or ragged, -> target ids (B, K, L) int32 and scores (B, K) float32.
 
-        K hypotheses a sentence, best first; ids behind the end are eos. Scores are log-probabilities divided by
+        Ids count where ``attention_mask`` (B, S) is not 0; without it, those that are not the model's ``pad``. K
+        hypotheses a sentence, best first; ids behind the end are eos. Scores are log-probabilities divided by
         ``length ** lenpen``. At most source length + extra_decode_length ids are made unless ``max_len_*`` was given.
         """
         config = self.generator.config
-        rows = [[int(token) for token in row if token != config.pad] for row in input_seq]
+        rows = self._rows(input_seq, attention_mask)
         options = self.options
         if self.limited_by_source:
             options = replace(options, max_len_a=1.0, max_len_b=self.extra_decode_length)
-        found = self.generator.infer(rows, options, max_sentences=self.max_batch_size)
+        first = [self.first_tokens] * len(rows) if self.first_tokens else None
+        found = self.generator.infer(rows, options, first, max_sentences=self.max_batch_size)
         width = max((len(h.tokens) for hypotheses in found for h in hypotheses), default=0)
         tokens = np.full((len(rows), options.nbest, width), config.eos, dtype=np.int32)
         scores = np.full((len(rows), options.nbest), -np.inf, dtype=np.float32)
@@ -59,6 +132,130 @@ class Transformer:
                 tokens[b, k, :len(hypothesis.tokens)] = torch.as_tensor(hypothesis.tokens).numpy()
                 scores[b, k] = float(hypothesis.score)
         return tokens, scores
+
+
+class Bart(Transformer):
+    """BART, mBART and their like."""
+
+
+class Bert(_Model):
+    """An encoder alone: BERT, RoBERTa and their like."""
+
+    STACKS = "encoder"
+
+    def _load(self, model: ModelFile, device: torch.device | str | None, dtype: torch.dtype, suggested: dict[str, Any],
+              options: dict[str, Any]) -> None:
+        if options:
+            raise GenerationError(f"an encoder generates nothing and has no options, got {', '.join(options)}")
+        self.encoder = TextEncoder(model, device, dtype)
+
+    def infer(self, input_seq: Ids, attention_mask: Ids | None = None,
+              token_type_ids: Ids | None = None) -> npt.NDArray[np.float32]:
+        """Ids (B, S), padded or ragged, -> the last layer's output (B, S, H) float32, 0 where there is no token.
+
+        Masks and types as :class:`TextEncoder` takes them.
+        """
+        hidden = [part.hidden.float().cpu().numpy() for part in self._parts(input_seq, attention_mask, token_type_ids)]
+        if not hidden:
+            return np.zeros((0, 0, self.config.encoder_embed_dim), np.float32)
+        width = max(part.shape[1] for part in hidden)
+        return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0))) for part in hidden])
+
+    def pool(self, input_seq: Ids, attention_mask: Ids | None = None,
+             token_type_ids: Ids | None = None) -> npt.NDArray[np.float32]:
+        """Ids (B, S) -> the pooler's output (B, H) float32; GenerationError for a model without pooler."""
+        if not self.config.pooler:
+            raise GenerationError("the model has no pooler; take the first token's vector of infer()")
+        parts = [part.pooled for part in self._parts(input_seq, attention_mask, token_type_ids)]
+        return np.concatenate([np.zeros((0, self.config.encoder_embed_dim), np.float32),
+                               *(part.float().cpu().numpy() for part in parts if part is not None)])
+
+    def _parts(self, input_seq: Ids, attention_mask: Ids | None, token_type_ids: Ids | None) -> Iterator[Encoded]:
+        for start in range(0, len(input_seq), self.max_batch_size):
+            part = slice(start, start + self.max_batch_size)
+            yield self.encoder(input_seq[part],
+                               None if attention_mask is None else np.asarray(attention_mask[part]),
+                               None if token_type_ids is None else token_type_ids[part])
+
+
+class Gpt(_Model):
+    """A decoder alone: GPT-2, and fairseq's language models."""
+
+    STACKS = "decoder"
+
+    def _load(self, model: ModelFile, device: torch.device | str | None, dtype: torch.dtype, suggested: dict[str, Any],
+              options: dict[str, Any]) -> None:
+        self.generator = Generator([model], device, dtype)
+        suggested = {name: value for name, value in suggested.items()
+                     if name not in ("first_tokens", "max_length", "min_len")}  # lengths there count the text
+        plain = {"beam": 1, "nbest": 1, "min_len": 0, "force_eos": False, "max_len_b": 50}
+        self.options = GenerationOptions.from_dict({**plain, **suggested, "nbest": 1, **options})
+
+    def sample(self, input_seq: Ids, attention_mask: Ids | None = None) -> npt.NDArray[np.int32]:
+        """Texts (B, S), padded or ragged, -> each with its continuation, (B, L) int32; ids behind the end are eos.
+
+        Ids count where ``attention_mask`` (B, S) is not 0; without it, those that are not the model's ``pad``. At most
+        ``max_len_b`` ids follow (50 unless given); what follows is the best of a search, or drawn with ``sampling``.
+        """
+        rows = self._rows(input_seq, attention_mask)
+        found = self.generator.infer(rows, self.options, max_sentences=self.max_batch_size)
+        if not self.options.include_context:
+            said = [[*row, *hypotheses[0].tokens.tolist()] for row, hypotheses in zip(rows, found, strict=True)]
+        else:
+            said = [[row[0], *hypotheses[0].tokens.tolist()] for row, hypotheses in zip(rows, found, strict=True)]
+        tokens = np.full((len(rows), max(map(len, said), default=0)), self.config.eos, dtype=np.int32)
+        for row, ids in zip(tokens, said, strict=True):
+            row[:len(ids)] = ids
+        return tokens
+
+    def ppl(self, input_seq: Ids, attention_mask: Ids | None = None) -> npt.NDArray[np.float32]:
+        """Texts (B, S), padded or ragged, of two tokens at least -> the mean negative log-likelihood of the tokens of
+        each but its first, (B,) float32.
+
+        LightSeq's name and number: the logarithm of the perplexity, which is what Hugging Face's loss is.
+        """
+        rows = [torch.tensor(row) for row in self._rows(input_seq, attention_mask)]
+        short = [index for index, row in enumerate(rows) if len(row) < 2]
+        if short:
+            raise GenerationError(f"texts {short} have fewer than two tokens, so nothing of them is predicted")
+        model = self.generator.models[0]
+        assert isinstance(model, LanguageModel)
+        most = self.config.max_target_positions
+        long = [index for index, row in enumerate(rows) if len(row) - 1 > most]
+        if long:
+            raise GenerationError(f"texts {long} are longer than the model's {most} positions")
+        means: list[float] = []
+        for start in range(0, len(rows), self.max_batch_size):
+            scores = model.log_probabilities(rows[start:start + self.max_batch_size])
+            means += torch.stack([-each.mean() for each in scores]).tolist()
+        return np.array(means, dtype=np.float32)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """GenerationOptions that generation_config.json of ``folder`` suggests by its num_beams, length_penalty,
+    min_length, no_repeat_ngram_size, do_sample, temperature, top_k and top_p; "first_tokens", which every target begins
+    with (forced_bos_token_id); "max_length". Empty where there is no such file."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    suggested: dict[str, Any] = {}
+    for theirs, ours in (("length_penalty", "lenpen"), ("no_repeat_ngram_size", "no_repeat_ngram_size"),
+                         ("max_length", "max_length")):
+        if found.get(theirs) is not None:
+            suggested[ours] = float(found[theirs]) if ours == "lenpen" else found[theirs]
+    if found.get("min_length"):  # which counts the start token
+        suggested["min_len"] = max(found["min_length"] - 1, 0)
+    beam = found.get("num_beams") or 1
+    suggested |= {"beam": beam, "nbest": beam}
+    if found.get("do_sample") and beam == 1:
+        suggested |= {"sampling": True, "temperature": float(found.get("temperature") or 1.0)}
+        if (found.get("top_p") or 1.0) < 1:
+            suggested["sampling_topp"] = float(found["top_p"])
+        suggested["sampling_topk"] = found.get("top_k") or (0 if "sampling_topp" in suggested else 50)
+    if found.get("forced_bos_token_id") is not None:
+        suggested["first_tokens"] = [found["forced_bos_token_id"]]
+    return suggested
 
 
 def _suggested(decoding: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ ROOMS = {
     "model_file": Room("config", "torch numpy google h5py"),
     "export": Room("model_file config", "torch numpy", "fairseq_compat fairseq safetensors"),
     "generator": Room("model_file layers ops config", "torch numpy"),
-    "inference": Room("generator model_file config", "torch numpy"),
+    "inference": Room("generator model_file config", "torch numpy", "export"),
     "cli": Room(),
     "cli.train": Room("plugin fairseq_compat"),
     "cli.deepspeed": Room("cli.train plugin"),

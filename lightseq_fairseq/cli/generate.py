@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -108,13 +109,17 @@ class Substitute:
         """In place of load_model_ensemble: the models, and where fairseq looks for their task; ``task`` will search
         with ours."""
         from fairseq.tasks.fairseq_task import FairseqTask
+        from fairseq.tasks.language_modeling import LanguageModelingTask
 
-        for name in ("build_generator", "inference_step"):
-            if getattr(type(task), name) is not getattr(FairseqTask, name):
+        known = {"build_generator": [FairseqTask.build_generator],
+                 "inference_step": [FairseqTask.inference_step, LanguageModelingTask.inference_step]}
+        for name, ways in known.items():
+            if getattr(type(task), name) not in ways:
                 raise GenerationError(f"--task {self.cfg.task._name} generates in its own way, which is not supported; "
-                                      "use --task translation, or fairseq-generate")
-        models = [LoadedModel(load_model(path, task.cfg)) for path in paths]
+                                      "use --task translation or language_modeling, or fairseq-generate")
+        models = [LoadedModel(load_model(path, task.cfg or self.cfg.task)) for path in paths]
         for path, model in zip(paths, models, strict=True):
+            check_kind(path, model.file, task)
             check_dictionaries(path, model.file, task)
         task.build_generator = self._build_generator
         return models, self.cfg
@@ -176,8 +181,20 @@ def load_model(path: str, data: Any) -> ModelFile:
     suffixes = tuple(suffix for known in model_file.FORMATS.values() for suffix in known)
     if path.lower().endswith(suffixes):
         return model_file.load(path)
-    return from_checkpoints([path], data.data.split(os.pathsep)[0], source_lang=data.source_lang,
-                            target_lang=data.target_lang)
+    return from_checkpoints([path], data.data.split(os.pathsep)[0], source_lang=getattr(data, "source_lang", None),
+                            target_lang=getattr(data, "target_lang", None))
+
+
+def check_kind(path: str, model: ModelFile, task: Any) -> None:
+    """GenerationError unless the model is of the task's kind: a decoder for language modelling, else both stacks."""
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+
+    wanted = "decoder" if isinstance(task, LanguageModelingTask) else "encoder-decoder"
+    if model.config.stacks != wanted:
+        advice = {"decoder": "use --task language_modeling", "encoder-decoder": "use --task translation",
+                  "encoder": "an encoder alone generates nothing"}[model.config.stacks]
+        raise GenerationError(f"{path} is a model of stacks {model.config.stacks!r}, the task needs {wanted!r}; "
+                              + advice)
 
 
 def check_dictionaries(path: str, model: ModelFile, task: Any) -> None:
@@ -201,8 +218,10 @@ class LoadedModel:
     def __init__(self, file: ModelFile) -> None:
         self.file = file
 
-    def max_positions(self) -> tuple[int, int]:
-        """Longest source and target."""
+    def max_positions(self) -> tuple[int, int] | int:
+        """Longest source and target; a language model's longest text."""
+        if not self.file.config.has_encoder:
+            return self.file.config.max_target_positions
         return self.file.config.max_source_positions, self.file.config.max_target_positions
 
     def half(self) -> None:
@@ -225,11 +244,16 @@ class Search:
         self.sentences, self.tokens, self.seconds = 0, 0, 0.0
 
     def generate(self, models: Any, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
-                 constraints: Tensor | None = None, **unused: Any) -> list[list[dict[str, Any]]]:
+                 constraints: Tensor | None = None, bos_token: int | None = None,
+                 **unused: Any) -> list[list[dict[str, Any]]]:
         """Hypotheses of each sentence of a batch, best first, as fairseq's SequenceGenerator returns them;
-        ``constraints`` (B, C) int64 are packed as fairseq's ``pack_constraints`` does."""
+        ``constraints`` (B, C) int64 are packed as fairseq's ``pack_constraints`` does. A language model continues
+        ``bos_token`` and ``prefix_tokens`` (B, P) int64, pad behind the shorter ones."""
         started = time.perf_counter()
-        found = self._hypotheses(sample, prefix_tokens, constraints)
+        if self.generator.config.has_encoder:
+            found = self._hypotheses(sample, prefix_tokens, constraints)
+        else:
+            found = self._continuations(sample, prefix_tokens, bos_token)
         self.sentences += len(found)
         self.tokens += sum(len(hypotheses[0].tokens) for hypotheses in found)
         self.seconds += time.perf_counter() - started
@@ -245,6 +269,23 @@ class Search:
         phrases = None if constraints is None else [unpack_constraints(row) for row in constraints]
         return self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded),
                                        constraints=phrases)
+
+    def _continuations(self, sample: dict[str, Any], prefix_tokens: Tensor | None,
+                       bos_token: int | None) -> list[list[Hypothesis]]:
+        assert isinstance(self.generator, Generator)
+        padded = sample["net_input"]["src_tokens"]
+        start = torch.tensor([self.eos if bos_token is None else bos_token], device=padded.device)
+        rows = [start[:0]] * len(padded) if prefix_tokens is None else self._unpadded(prefix_tokens)
+        ended = [bool((row == self.eos).any()) for row in rows]  # their continuation is eos
+        rows = [row[:int((row == self.eos).nonzero()[0])] if end else row for row, end in zip(rows, ended, strict=True)]
+        forced = torch.tensor([[self.eos if end else self.pad] for end in ended]) if any(ended) else None
+        limit = self._max_lens(rows, padded)[0]
+        if limit < max(map(len, rows)):
+            raise GenerationError(f"a text of {max(map(len, rows))} tokens leaves nothing to say before the limit of "
+                                  f"{limit}; raise --max-len-b or give shorter texts")
+        return self.generator.generate([torch.cat((start, row)) for row in rows],
+                                       replace(self.options, include_context=True), forced,
+                                       max_lens=[limit - len(row) for row in rows])
 
     def _unpadded(self, padded: Tensor) -> list[Tensor]:
         """(B, S) -> B sentences."""

@@ -1,4 +1,5 @@
-"""From fairseq's checkpoints, stock ``transformer`` or ``ls_transformer``, to a ModelFile; needs no fairseq."""
+"""From fairseq's checkpoints, stock ``transformer*`` and ``transformer_lm*`` or ours of these names, to a ModelFile;
+needs no fairseq."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ REFUSED = {
     "quant_noise_pq": "product quantization",
     "quant_noise_scalar": "scalar quantization",
     "char_inputs": "character inputs",
+    "character_embeddings": "character inputs",
     "base_layers": "BASE layers",
     "encoder_xformers_att_config": "xFormers attention",
     "decoder_xformers_att_config": "xFormers attention",
@@ -89,8 +91,15 @@ def _model(args: Mapping[str, Any], tensors: dict[str, Tensor], data_bin: str | 
     """The model of a checkpoint's arguments and renamed tensors, its dictionaries found and compared."""
     config = config_from_args(args, tensors)
     complete = complete_tensors(config, tensors)
+    folder = data_bin or _data_folder(args)
+    if not config.has_encoder:
+        symbols = _dictionary(folder)
+        if len(symbols) != config.tgt_vocab_size:
+            raise ExportError(f"expected a dictionary of {config.tgt_vocab_size} types, got {len(symbols)}; "
+                              + DATA_ADVICE)
+        return ModelFile(config, complete, symbols, symbols)
     source_lang, target_lang = source_lang or args.get("source_lang"), target_lang or args.get("target_lang")
-    source, target = _dictionaries(data_bin or _data_folder(args), source_lang, target_lang)
+    source, target = _dictionaries(folder, source_lang, target_lang)
     if args.get("merge_src_tgt_embed"):
         source = target = merge_symbols(source, target)
     for side, found, rows in (("source", source, config.src_vocab_size), ("target", target, config.tgt_vocab_size)):
@@ -125,9 +134,11 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     Vocabulary sizes and the width of the target embedding are the tensors' own.
     """
     arch = args.get("_name") or args.get("arch") or "unknown"
-    if "encoder.embed_tokens.weight" not in tensors or "decoder.embed_tokens.weight" not in tensors:
-        raise ExportError(f"expected an encoder-decoder Transformer, got architecture {arch!r} without encoder and "
-                          "decoder embeddings; transformer*, bart* and mbart* are supported, and ours of these names")
+    alone = "decoder.embed_tokens.weight" in tensors and not any(name.startswith("encoder.") for name in tensors)
+    if not alone and not {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} <= tensors.keys():
+        raise ExportError(f"expected a Transformer with a decoder, got architecture {arch!r} without encoder and "
+                          "decoder embeddings; transformer*, transformer_lm*, bart* and mbart* are supported, and ours "
+                          "of these names")
     refused = {reason: name for name, reason in REFUSED.items() if args.get(name)}
     if refused:
         options = ", ".join(f"{reason} (--{name.replace('_', '-')})" for reason, name in refused.items())
@@ -150,6 +161,25 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     input_width = tensors["decoder.embed_tokens.weight"].size(1)  # whatever --decoder-input-dim says
     output_width = int(get("decoder_output_dim", decoder_width))
     inner, limit = get("encoder_ffn_embed_dim", 2048), get("max_positions", 1024)
+    common: dict[str, Any] = dict(
+        activation_fn=str(get("activation_fn", "relu")),
+        decoder_normalize_before=bool(args.get("decoder_normalize_before")),
+        no_decoder_final_norm=bool(args.get("no_decoder_final_norm")),
+        layernorm_embedding=bool(args.get("layernorm_embedding")), decoder_positions=positions("decoder"),
+        no_scale_embedding=bool(args.get("no_scale_embedding")),
+        share_decoder_input_output_embed=bool(args.get("share_decoder_input_output_embed")),
+        output_bias="decoder.output_projection.bias" in tensors,
+        bos=SPECIAL.index("<s>"), pad=SPECIAL.index("<pad>"), eos=SPECIAL.index("</s>"), unk=SPECIAL.index("<unk>"))
+    if alone:
+        vocab, limit = tensors["decoder.embed_tokens.weight"].size(0), get("tokens_per_sample", 1024)
+        return TransformerConfig(
+            stacks="decoder", no_cross_attention=True, src_vocab_size=vocab, tgt_vocab_size=vocab,
+            decoder_layers=layers("decoder"), decoder_embed_dim=decoder_width,
+            decoder_ffn_embed_dim=get("decoder_ffn_embed_dim", 2048),
+            decoder_attention_heads=get("decoder_attention_heads", 8),
+            decoder_input_dim=None if input_width == decoder_width else input_width,
+            decoder_output_dim=None if output_width == decoder_width else output_width,
+            max_target_positions=get("max_target_positions", limit), **common)
     return TransformerConfig(
         src_vocab_size=tensors["encoder.embed_tokens.weight"].size(0),
         tgt_vocab_size=tensors["decoder.embed_tokens.weight"].size(0),
@@ -160,21 +190,12 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         decoder_attention_heads=get("decoder_attention_heads", 8),
         decoder_input_dim=None if input_width == decoder_width else input_width,
         decoder_output_dim=None if output_width == decoder_width else output_width,
-        activation_fn=str(get("activation_fn", "relu")),
-        encoder_normalize_before=bool(args.get("encoder_normalize_before")),
-        decoder_normalize_before=bool(args.get("decoder_normalize_before")),
-        no_decoder_final_norm=bool(args.get("no_decoder_final_norm")),
-        layernorm_embedding=bool(args.get("layernorm_embedding")),
-        encoder_positions=positions("encoder"), decoder_positions=positions("decoder"),
+        encoder_normalize_before=bool(args.get("encoder_normalize_before")), encoder_positions=positions("encoder"),
         max_source_positions=get("max_source_positions", limit),
         max_target_positions=get("max_target_positions", limit),
-        no_scale_embedding=bool(args.get("no_scale_embedding")),
-        share_decoder_input_output_embed=bool(args.get("share_decoder_input_output_embed")),
         share_all_embeddings=bool(args.get("share_all_embeddings") or args.get("merge_src_tgt_embed")),
         cross_self_attention=bool(args.get("cross_self_attention")),
-        no_cross_attention=bool(args.get("no_cross_attention")),
-        output_bias="decoder.output_projection.bias" in tensors,
-        bos=SPECIAL.index("<s>"), pad=SPECIAL.index("<pad>"), eos=SPECIAL.index("</s>"), unk=SPECIAL.index("<unk>"))
+        no_cross_attention=bool(args.get("no_cross_attention")), **common)
 
 
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,6 +244,13 @@ def _data_folder(args: Mapping[str, Any]) -> str:
     if not data:
         raise ExportError(f"the checkpoint does not say where its dictionaries are; {DATA_ADVICE}")
     return str(data).split(os.pathsep)[0]
+
+
+def _dictionary(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """A language model's symbols, from dict.txt in ``folder``."""
+    if not (Path(folder) / "dict.txt").is_file():
+        raise ExportError(f"expected dict.txt in {folder}, got no such file; {DATA_ADVICE}")
+    return load_symbols(Path(folder) / "dict.txt")
 
 
 def _dictionaries(folder: str | os.PathLike[str], source_lang: str | None,

@@ -239,11 +239,11 @@ def test_tied_tensors_that_differ(tmp_path, data_bin):
 def test_other_models(tmp_path, data_bin):
     state, _ = state_of(data_bin, *TINY)
     weights = state["model"]
-    state["model"] = {name: tensor for name, tensor in weights.items() if name.startswith("decoder")}
-    vars(state["cfg"]["model"])["_name"] = "transformer_lm"
-    torch.save(state, tmp_path / "lm.pt")
-    with pytest.raises(ExportError, match="expected an encoder-decoder Transformer, got architecture 'transformer_lm'"):
-        from_checkpoints([tmp_path / "lm.pt"])
+    state["model"] = {name: tensor for name, tensor in weights.items() if name.startswith("encoder")}
+    vars(state["cfg"]["model"])["_name"] = "roberta"
+    torch.save(state, tmp_path / "roberta.pt")
+    with pytest.raises(ExportError, match="expected a Transformer with a decoder, got architecture 'roberta'"):
+        from_checkpoints([tmp_path / "roberta.pt"])
     state["model"] = weights | {"encoder.layers.0.para": torch.zeros(9)}
     torch.save(state, tmp_path / "ls.pt")
     with pytest.raises(ExportError, match="encoder.layers.0.para is packed by LightSeq itself; .* export_ls_encoder"):
