@@ -95,7 +95,11 @@ def _parse(data: bytes) -> Any:
         raise ModelFileError("expected the weights of a Transformer, got an empty message; export the file again")
     two_stacks = message.trg_embedding.token_embedding or message.decoder_stack
     known = two_stacks or message.HasField("model_conf") or message.HasField("extension")
-    return message if known else _of_one_stack(data) or message
+    message = message if known else _of_one_stack(data)
+    if message is None:
+        raise ModelFileError("expected the weights of a LightSeq encoder-decoder Transformer, got parts of one or "
+                             "another model; of other models only BERT and GPT are supported")
+    return message
 
 
 def _of_one_stack(data: bytes) -> Any | None:
