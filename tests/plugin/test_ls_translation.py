@@ -1,4 +1,4 @@
-"""ls_translation reads shards as fairseq's translation reads directories, ahead of time, and resumes where it stopped."""
+"""ls_translation reads shards as fairseq's translation reads directories, ahead of time, and goes on in the right one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
+from fairseq.trainer import Trainer
 
+from lightseq_fairseq.plugin.ls_trainer import LSTrainer
 from lightseq_fairseq.plugin.ls_translation import LSTranslationTask, Shard, find_shards
 from tests.conftest import preprocess, training_args, write_parallel_text
+from tests.plugin.test_ls_trainer import OURS, STOCK, Run, assert_same_curve
 
 COUNTS = (30, 50, 20)
 
@@ -172,6 +175,15 @@ def test_training_goes_on_in_the_shard_where_it_stopped(kind, as_folders, as_fil
     assert resumed["extra_state"]["train_iterator"] == whole["extra_state"]["train_iterator"]
     for name, value in whole["model"].items():
         assert torch.equal(resumed["model"][name], value), name
+
+
+def test_whole_steps_over_shards_are_fairseqs_updates(shards, as_folders, tmp_path, monkeypatch, device):
+    """lightseq-train's own loop, and fairseq's over the same directories: 20 updates are more than four epochs."""
+    stock = Run(joined(*shards), tmp_path / "stock", monkeypatch, device, Trainer, *STOCK)
+    ours = Run(as_folders, tmp_path / "ours", monkeypatch, device, LSTrainer, *OURS, "--task", "ls_translation")
+    assert ours.trainer._step is not None, ours.trainer.obstacle
+    assert_same_curve(ours, stock)
+    assert len({log["ntokens"] for log in ours.logs}) > 5
 
 
 def test_what_cannot_be_read_is_named(shards, tmp_path):

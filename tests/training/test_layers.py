@@ -99,6 +99,39 @@ def test_decoder_layer_is_torchs(pre, activation):
     assert_gradients(ours, DECODER_NAMES, keys_values_apart(*oracles.gradients(theirs)))
 
 
+@pytest.mark.parametrize("pre, activation", KINDS)
+def test_in_fp32_on_the_device(pre, activation, device):
+    """Where the operators are those of the device, outputs and gradients still are torch's in fp64."""
+    mask, x, source = oracles.padded_mask([7, 1, 4], 7), torch.randn(3, 7, C), torch.randn(3, 5, C)
+    causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    source_mask = oracles.padded_mask([5, 2, 4], 5)
+    dout = torch.randn(3, 7, C).masked_fill(mask[..., None], 0)
+
+    def encode(layer, x, source, mask, source_mask):
+        return layer(x, mask)
+
+    def decode(layer, x, source, mask, source_mask):
+        return layer(x, source.transpose(0, 1), source_mask)
+
+    expected = [lambda layer, x, source: layer(x, src_key_padding_mask=mask),
+                lambda layer, x, source: layer(x, source, tgt_mask=causal, memory_key_padding_mask=source_mask)]
+    for build, call, reference in zip((build_encoder, build_decoder), (encode, decode), expected, strict=True):
+        theirs, ours = build(pre, activation)
+        wanted = reference(theirs, x.double(), source.double())
+        (wanted * dout).sum().backward()
+        ours = ours.float().to(device)
+        found = call(ours, *(t.to(device) for t in (x, source, mask, source_mask)))
+        (found * dout.to(device)).sum().backward()
+        real = ~mask if build is build_encoder else torch.ones_like(mask)
+        torch.testing.assert_close(found.cpu()[real].double(), wanted[real], **tolerances.LAYER)
+        lists = oracles.gradients(theirs)
+        order, lists = (ENCODER_ORDER, lists) if build is build_encoder else (DECODER_NAMES, keys_values_apart(*lists))
+        for name, dweight, dbias in zip(order, *lists, strict=True):
+            module = ours.get_submodule(name)
+            torch.testing.assert_close(module.weight.grad.cpu().double(), dweight, **tolerances.GRADIENT)
+            torch.testing.assert_close(module.bias.grad.cpu().double(), dbias, **tolerances.GRADIENT)
+
+
 def test_layers_take_initial_weights_in_lightseqs_order():
     theirs = oracles.torch_layer(nn.TransformerEncoderLayer, True, "relu", torch.float32)
     config = LSTransformerEncoderLayer.get_config(**values())
