@@ -1,4 +1,4 @@
-"""ls_translation reads shards as fairseq's translation reads directories, ahead of time, and goes on in the right one."""
+"""ls_translation reads shards as fairseq's translation reads directories, and goes on in the right one."""
 
 from __future__ import annotations
 
