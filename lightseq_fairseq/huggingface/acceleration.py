@@ -39,10 +39,13 @@ def accelerate(model: Model, graphs: bool = True) -> tuple[Model, Report]:
 
     Parameters stay where they are and keep their names, so that checkpoints, optimizers and tied weights do not notice.
     Layers run over the real tokens alone: outputs in padded slots are 0. With ``graphs``, on CUDA, all layers of a
-    stack are one graph in training, and one of their backward pass, which can be had once for each forward pass.
+    stack are one graph, and one of their backward pass, which can be had once for each forward pass.
 
-    Returns ``model`` itself and a report. ValueError, with the model unchanged, that lists every layer our layers
-    cannot take the place of. Layers that were replaced before are replaced anew.
+    Returns ``model`` itself and a report. ValueError, with Hugging Face's own layers in the model, that lists every
+    layer ours cannot take the place of. Layers that were replaced before are replaced anew.
+
+    What the layers do in training: packed attention (Dao et al. 2022, arXiv:2205.14135, without padding), and one
+    operator each for bias, activation and dropout, and for bias, dropout, residual and norm.
     """
     restore(model)
     lists = [(name, owner, child) for name, owner in model.named_modules() for child, layers in owner.named_children()

@@ -1,4 +1,4 @@
-"""Forward and backward of a whole stack as two CUDA graphs for each size of batch, inside any training loop.
+"""Forward and backward of a whole stack as CUDA graphs for each size of batch, inside any loop.
 
 A thousand launches from the host become two. What replays is what the layers do one by one, on copies of its inputs:
 packed tokens, filled up with rows that belong to no sentence, where sentences begin, and the seeds of the dropouts.
@@ -49,6 +49,8 @@ class Size(NamedTuple):
     source_width: int
     dtype: torch.dtype
     source_dtype: torch.dtype | None
+    grad: bool
+    """Whether a backward pass may follow."""
     inputs_need_grad: tuple[bool, bool]
     autocast: torch.dtype | None
     dropouts: tuple[tuple[float, ...], ...]
@@ -113,13 +115,12 @@ class GraphedStack:
                    slots: list[Slot]) -> Callable[[Run, Tensor], Tensor] | None:
         """What computes ``run`` from the packed input of the first of ``layers`` to the output of the last; None where
         they have to be called. ``slots`` hold all of their parameters."""
-        if hidden_states.device.type not in self.devices or not torch.is_grad_enabled():
+        if hidden_states.device.type not in self.devices:
             return None
         source = run.source
-        differentiable = [hidden_states, *(owner[name] for owner, name in slots), *([] if source is None else [source])]
-        if not any(tensor.requires_grad for tensor in differentiable):
-            return None
-        obstacle = self._obstacle(layers, run, hidden_states)
+        tensors = [hidden_states, *(owner[name] for owner, name in slots), *([] if source is None else [source])]
+        grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        obstacle = self._obstacle(layers, run, hidden_states, grad)
         if obstacle is not None:
             logger.debug("layers run one by one, because %s", obstacle)
             return None
@@ -131,7 +132,7 @@ class GraphedStack:
                     0 if source is None else rounded(source.size(0)),
                     0 if run.source_packing is None else rounded(run.source_packing.width),
                     hidden_states.dtype, None if source is None else source.dtype,
-                    (hidden_states.requires_grad, source is not None and source.requires_grad),
+                    grad, (grad and hidden_states.requires_grad, grad and source is not None and source.requires_grad),
                     torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
                     tuple(layer.dropouts() for layer in layers), tuple(map(id, layers)),
                     run.inputs.past_key_values is not None)
@@ -143,12 +144,17 @@ class GraphedStack:
             logger.debug("layers run one by one, because there are %d graphs of other sizes", _MOST_GRAPHS)
             return None
         if size not in self.passes:
-            self.passes[size] = self._capture(size, layers, run, hidden_states)
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                self.passes[size] = self._capture(size, layers, run, hidden_states)
 
         def replay(run: Run, x: Tensor) -> Tensor:
+            y: Tensor
+            if not grad:
+                _load(self.passes[size], run, x)
+                self.passes[size].forward()
+                return self.passes[size].edge[:x.size(0)].clone()
             turn = _Turn(self, self.passes[size], run)
             self.awaiting = weakref.ref(turn)
-            y: Tensor
             y, keys_values = _Replay.apply(turn, x, run.source, *self.params)  # type: ignore[no-untyped-call]
             if keys_values is not None:
                 for index, layer in enumerate(layers):
@@ -158,11 +164,12 @@ class GraphedStack:
 
         return replay
 
-    def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor) -> str | None:
+    def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor, grad: bool) -> str | None:
         awaited = self.awaiting() if self.awaiting is not None else None
         obstacles = {
             "an earlier forward pass still awaits its backward pass": awaited is not None and not awaited.over,
-            "keys and values of a source are kept": isinstance(run.inputs.past_key_values, EncoderDecoderCache),
+            "keys and values are kept, for decoding or of a source": run.inputs.past_key_values is not None
+                and (not grad or isinstance(run.inputs.past_key_values, EncoderDecoderCache)),
             "activations are checkpointed":
                 any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers),
             "the model is a replica": any(getattr(layer, "_is_replica", False) for layer in layers),
@@ -178,14 +185,11 @@ class GraphedStack:
         if addresses == self.addresses:
             return True
         self._forget()
-        if any(param.device != device for param in params):
+        if any(param.device != device or param.is_inference() for param in params):
             return False
         self.addresses, self.slots = addresses, slots
         self.params = [param for param in dict.fromkeys(params) if param.requires_grad]
-        self.flat = {dtype: torch.zeros(sum(param.numel() for param in self.params if param.dtype == dtype),
-                                        dtype=dtype, device=device)
-                     for dtype in {param.dtype for param in self.params}}
-        self.grads = self.views(self.flat)
+        self.flat: dict[torch.dtype, Tensor] = {}
         return True
 
     @contextlib.contextmanager
@@ -229,20 +233,25 @@ class GraphedStack:
             passes = passes._replace(keys_values=zeros(
                 size.rows, len(layers), 2, attention.num_heads, attention.head_dim, device=device,
                 dtype=size.dtype if size.autocast is None else size.autocast))
+        if size.grad and not self.flat:
+            self.flat = {dtype: torch.zeros(sum(param.numel() for param in self.params if param.dtype == dtype),
+                                            dtype=dtype, device=device)
+                         for dtype in {param.dtype for param in self.params}}
+            self.grads = self.views(self.flat)
         functions = self._functions(size, passes, layers, run.causal)
         if not hidden_states.is_cuda:
             return passes._replace(forward=functions[0], backward=functions[1])
         graphs = []
         # on this thread: autograd's own would capture elsewhere
-        with torch.cuda.device(device), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        with torch.cuda.device(device), torch.autograd.set_multithreading_enabled(False):
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for work in functions:
+            for work in functions if size.grad else functions[:1]:
                 graphs.append(torch.cuda.CUDAGraph())
                 with torch.cuda.graph(graphs[-1], self.pool, self.stream, capture_error_mode="thread_local"):
                     work()
-        return passes._replace(forward=graphs[0].replay, backward=graphs[1].replay)
+        return passes._replace(forward=graphs[0].replay, backward=graphs[-1].replay)
 
     def _functions(self, size: Size, passes: _Passes, layers: Sequence[PackedLayer],
                    causal: bool) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -275,7 +284,8 @@ class GraphedStack:
                     finally:
                         _attention(layer).keep = None
             passes.edge.copy_(x.detach())
-            left.append((x, [*inputs, *leaves]))
+            if size.grad:
+                left.append((x, [*inputs, *leaves]))
 
         def backward() -> None:
             y, inputs = left.pop()
@@ -307,15 +317,7 @@ class _Replay(torch.autograd.Function):
                 *params: Tensor) -> tuple[Tensor, Tensor | None]:
         ctx.turn, passes, run = turn, turn.passes, turn.run
         ctx.rows, ctx.source_rows = x.size(0), 0 if source is None else source.size(0)
-        _fill(passes.x, x)
-        passes.cu_seqlens.copy_(run.packing.cu_seqlens)
-        if source is not None and run.source_packing is not None:
-            assert passes.source is not None and passes.source_cu_seqlens is not None
-            _fill(passes.source, source)
-            passes.source_cu_seqlens.copy_(run.source_packing.cu_seqlens)
-        if run.seeds is not None:
-            assert passes.seeds is not None
-            passes.seeds.copy_(run.seeds)
+        _load(passes, run, x)
         with torch.enable_grad():
             passes.forward()
         ctx.set_materialize_grads(False)
@@ -342,6 +344,19 @@ class _Replay(torch.autograd.Function):
         dsource = passes.dsource[:ctx.source_rows].clone() if ctx.needs_input_grad[2] else None
         grads = stack.views({dtype: tensor.clone() for dtype, tensor in stack.flat.items()})  # autograd keeps them
         return None, dx, dsource, *(grad if used else None for grad, used in zip(grads, passes.used, strict=True))
+
+
+def _load(passes: _Passes, run: Run, x: Tensor) -> None:
+    """All that the passes read, into their buffers."""
+    _fill(passes.x, x)
+    passes.cu_seqlens.copy_(run.packing.cu_seqlens)
+    if run.source is not None and run.source_packing is not None:
+        assert passes.source is not None and passes.source_cu_seqlens is not None
+        _fill(passes.source, run.source)
+        passes.source_cu_seqlens.copy_(run.source_packing.cu_seqlens)
+    if run.seeds is not None:
+        assert passes.seeds is not None
+        passes.seeds.copy_(run.seeds)
 
 
 def _fill(place: Tensor, rows: Tensor) -> None:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _under_way = threading.local()
 """``passes``: by id of its stack, the pass that each thread is in."""
 
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+"""Ways of Hugging Face's to compute the attention that ours computes, too."""
+
 
 @dataclass
 class Pass:
@@ -38,6 +41,8 @@ class Pass:
 
     layers: list[nn.Module]
     layerdrop: bool
+    attention: str | None = None
+    """Hugging Face's name of its attention."""
     run: Run | None = None
     original: bool = False
     """Whether Hugging Face's own layers do this one."""
@@ -58,9 +63,9 @@ class Stack:
         for handle in self.handles:
             handle.remove()
 
-    def _open(self, owner: nn.Module, args: Any) -> None:
+    def _open(self, owner: Any, args: Any) -> None:
         layerdrop = owner.training and float(getattr(owner, "layerdrop", 0.0)) > 0
-        _passes()[id(self)] = Pass(list(getattr(owner, self.name)), layerdrop)
+        _passes()[id(self)] = Pass(list(getattr(owner, self.name)), layerdrop, owner.config._attn_implementation)
 
     def _close(self, owner: nn.Module, args: Any, output: Any) -> None:
         _passes().pop(id(self), None)
@@ -70,7 +75,7 @@ class Stack:
         layer is the last."""
         now = _passes().get(id(self)) or Pass([layer], layerdrop=True)
         if now.run is None and not now.original:
-            reason = self._obstacle(layer, hidden_states, inputs)
+            reason = self._obstacle(now, layer, hidden_states, inputs)
             if isinstance(reason, str):
                 now.original = True
                 if reason:
@@ -99,7 +104,7 @@ class Stack:
         return [(module._parameters, name) for parts in self.layer_parts for module, _ in parts
                 for name, parameter in module._parameters.items() if parameter is not None]
 
-    def _obstacle(self, layer: PackedLayer, hidden_states: Tensor,
+    def _obstacle(self, now: Pass, layer: PackedLayer, hidden_states: Tensor,
                   inputs: LayerInputs) -> str | tuple[Packing, Packing | None]:
         """Why our layers cannot do this call, in words, "" where that is no news; else where its tokens lie."""
         if hidden_states.dim() != 3:
@@ -110,6 +115,8 @@ class Stack:
             return ""
         if _wanted_outputs() & {"attentions", "cross_attentions"}:
             return "output_attentions: attention weights exist in Hugging Face's layers alone"
+        if now.attention not in _ATTENTIONS:
+            return f"attn_implementation {now.attention!r} is somebody's choice (choose sdpa to have ours)"
         changed = self._changed()
         if changed:
             return changed

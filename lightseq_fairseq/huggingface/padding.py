@@ -25,6 +25,8 @@ def padding_of(mask: Any, batch: int, queries: int, keys: int, causal: bool,
         return Packing.of(mask.ne(0), 0) if mask.shape == (batch, keys) else None
     if mask.dim() != 4 or mask.size(0) not in (1, batch) or tuple(mask.shape[1:]) != (1, queries, keys):
         return None
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return None
     seen = mask if mask.dtype == torch.bool else mask == 0
     real = seen[:, 0, -1].expand(batch, keys)  # the last query sees every key that anyone sees
     agrees = None

@@ -263,6 +263,21 @@ def test_a_mask_of_four_dimensions_that_is_padding_runs_here(device, attentions)
     assert len(attentions) == 3
 
 
+def test_somebody_s_attention_is_used(device, attentions, lines):
+    calls = []
+
+    def flat(module, query, key, value, attention_mask, **kwargs):
+        calls.append(query.shape)
+        return value.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("flat", flat)
+    stock, ours = pair("BertModel", device, "flat")
+    given = batch("BertModel", device)
+    assert torch.equal(ours(**given)[0], stock(**given)[0])
+    assert len(calls) == 6 and attentions == []
+    assert "attn_implementation 'flat'" in lines.text
+
+
 def test_sentences_told_apart_by_position_go_to_hugging_face_s_layers(device, attentions):
     stock, ours = pair("GPT2LMHeadModel", device)
     given = {"input_ids": torch.arange(5, 13, device=device)[None], "use_cache": False,

@@ -262,16 +262,41 @@ def test_keys_and_values_come_out_of_a_graph(device):
         cache.layers[1].keys.sum().backward()
 
 
-def test_checkpointing_and_evaluation_run_layer_by_layer(device):
+def test_checkpointing_runs_layer_by_layer(device):
     _, ours = pair("GPT2LMHeadModel", device, graphs=True)
     given = batch("GPT2LMHeadModel", device)
-    compute(ours, given)
-    with torch.no_grad():
-        ours(**given, use_cache=False)
     ours.train().gradient_checkpointing_enable()
-    for _ in range(2):
+    for _ in range(3):
         compute(ours, given)
     assert sizes(ours) == 0
+
+
+@pytest.mark.parametrize("without_grad", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation(kind, without_grad, device):
+    """Whose graphs stand beside those of training, in one memory."""
+    stock, ours = pair(kind, device, graphs=True)
+    given = batch(kind, device)
+    for _ in range(3):
+        with without_grad():
+            theirs, out = stock(**given, use_cache=False), ours(**given, use_cache=False)
+        assert_same_outputs(out, theirs, given)
+        compute(stock, given), compute(ours, given)
+        assert_same_gradients(gradients(ours), gradients(stock))
+    assert sizes(ours) == 2 * len(graphs(ours))
+
+
+def test_evaluation_between_the_passes_of_training(device):
+    stock, ours = pair("BertForMaskedLM", device, graphs=True)
+    given, other = batch("BertForMaskedLM", device), batch("BertForMaskedLM", device, lengths=(2, 9, 9, 4))
+    for model in (stock, ours):
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(**given).loss
+            with torch.no_grad():
+                model(**other)
+            loss.backward()
+    assert_same_gradients(gradients(ours), gradients(stock))
 
 
 def test_sizes():
