@@ -145,6 +145,10 @@ def test_what_an_encoder_does_not_take(tmp_path, device):
     with pytest.raises(GenerationError, match="attention_mask must have the texts' shape"):
         bert.infer([[8, 9]], attention_mask=[[1]])
     assert bert.infer([]).shape == (0, 0, 24)
+    wide = bert.infer(np.array([[0] * 30 + [8, 9, 10] + [0] * 30, [0] * 63]))  # wider than any text may be
+    assert wide.shape == (2, 63, 24) and not wide[1].any()
+    np.testing.assert_allclose(wide[0, 30:33], bert.infer([[8, 9, 10]])[0], rtol=1e-5, atol=1e-5)
+    assert not bert.infer([[0, 0]]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

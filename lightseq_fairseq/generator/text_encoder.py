@@ -74,7 +74,10 @@ class TextEncoder:
         types = None if token_type_ids is None else self._rows(token_type_ids, np.ones_like(ids))[0]
         self._check(ids, real, types)
         used = None if types is None or not self.config.type_vocab_size else types[real]
-        if self.graphs is None or not ids.size:
+        if not real.any():
+            hidden = torch.zeros(*ids.shape, self.config.encoder_embed_dim, dtype=self.dtype, device=self.device)
+            return Encoded(hidden, None if self.pooler is None else hidden.new_zeros(len(ids), hidden.size(-1)))
+        if self.graphs is None:
             return self._eager(ids, real, used)
         bucket = _Bucket.around(int(real.sum()), *ids.shape)
         if bucket in self.graphs:
@@ -88,23 +91,22 @@ class TextEncoder:
     def outputs(self, tokens: Tensor, packing: Packing, types: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Packed (N,) -> (N, C) and (B, C); a text without tokens has no meaningful second."""
         hidden = self.encoder(tokens, packing, types)
-        if self.pooler is None or not len(hidden):
+        if self.pooler is None:
             return hidden, None
         first = packing.cu_seqlens[:-1].long().clamp(max=hidden.size(0) - 1)
         return hidden, self.pooler(hidden.index_select(0, first))
 
     def _eager(self, ids: Array, real: Array, types: Array | None) -> Encoded:
-        rows = torch.from_numpy(np.flatnonzero(real))
         lengths = torch.from_numpy(real.sum(1))
         cu_seqlens = torch.zeros(len(ids) + 1, dtype=torch.int32)
         cu_seqlens[1:] = lengths.cumsum(0)
         positions = torch.from_numpy((real.cumsum(1) - 1)[real])
-        full = rows.numel() == real.size
-        packing = Packing(None if full else rows.to(self.device), cu_seqlens.to(self.device),
-                          positions.to(self.device), *ids.shape)
+        packing = Packing(None, cu_seqlens.to(self.device), positions.to(self.device), len(ids), int(lengths.max()))
         hidden, pooled = self.outputs(torch.from_numpy(ids[real]).to(self.device), packing,
                                       None if types is None else torch.from_numpy(types).to(self.device))
-        return Encoded(packing.unpack(hidden), pooled)
+        rows = torch.from_numpy(np.flatnonzero(real)).to(self.device)
+        padded = hidden.new_zeros(ids.size, hidden.size(1)).index_copy_(0, rows, hidden)
+        return Encoded(padded.view(*ids.shape, -1), pooled)
 
     def _rows(self, given: Tensor | Array | Sequence[Sequence[int]],
               mask: Tensor | Array | None) -> tuple[Array, Array]:
@@ -168,7 +170,10 @@ class _Graph:
         self.wide = Table(torch.int64, device, tokens=(bucket.tokens,), positions=(bucket.tokens,),
                           types=(bucket.tokens,), slots=(bucket.batch * bucket.width,))
         wide = self.wide.tensors
-        self.packing = Packing(None, self.narrow.tensors["cu_seqlens"], wide["positions"], bucket.batch, bucket.width)
+        config = model.config  # a padded batch may be wider than any text in it
+        longest = bucket.width if config.encoder_positions != "learned" else min(bucket.width,
+                                                                                 config.max_source_positions)
+        self.packing = Packing(None, self.narrow.tensors["cu_seqlens"], wide["positions"], bucket.batch, longest)
         self.types = wide["types"] if model.config.type_vocab_size else None
         self.hidden = torch.zeros(bucket.tokens + 1, model.config.encoder_embed_dim, dtype=model.dtype, device=device)
         self.pooled: Tensor | None = None

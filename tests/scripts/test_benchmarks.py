@@ -178,3 +178,18 @@ def test_a_corpus_is_the_same_work_for_all(tmp_path):
     assert report["sentences"] == 7 and report["commit"] and report["tokens"] > 7
     assert any(row["contender"].startswith(("batches", "refill")) for row in report["rows"])
     assert all(row["sentences_per_s"] > 0 for row in report["rows"])
+
+
+def test_models_benchmark_measures_hugging_face_and_ours(tmp_path):
+    cases = ["gpt2-b2", "bart-base-beam4-b2", "bart-large-greedy-b2", "bert-base-3x16"]
+    benchmark("benchmark_models.py", "--tiny", "--cases", ",".join(cases), "--contenders", "hf-eager,lightseq",
+              "--dtype", "fp32", "--warm", 1, "--repeats", 1, "--out", tmp_path)
+    report = json.loads((tmp_path / "models.json").read_text())
+    assert set(report) == {"gpu", "torch", "commit", "rows"}
+    assert {(row["case"], row["contender"]) for row in report["rows"]} == {
+        (case, contender) for case in cases for contender in ("hf-eager", "lightseq")}
+    assert all(row["ms"] > 0 for row in report["rows"])
+    assert (tmp_path / "models.png").exists() == PLOTS
+    refused = subprocess.run([sys.executable, str(ROOT / "scripts" / "benchmark_models.py"), "--cases", "opt-b1"],
+                             capture_output=True, text=True)
+    assert refused.returncode == 2 and "unknown opt-b1" in refused.stderr
