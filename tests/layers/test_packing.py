@@ -30,6 +30,15 @@ def test_round_trip(side):
     assert torch.equal(back[real], states[real]) and back[~real].eq(-7).all()
 
 
+def test_full_is_the_packing_of_sentences_without_padding():
+    expected, full = Packing.of(torch.full((3, 4), 5), pad=1), Packing.full(3, 4)
+    assert full.rows is None and expected.rows is None
+    assert (full.batch, full.width, full.count) == (expected.batch, expected.width, expected.count) == (3, 4, 12)
+    for name in ("cu_seqlens", "positions"):
+        assert torch.equal(getattr(full, name), getattr(expected, name))
+        assert getattr(full, name).dtype == getattr(expected, name).dtype
+
+
 def test_of_lengths_is_the_packing_of_right_padded_sentences():
     packing, other = Packing.of_lengths([3, 1, 4]), Packing.of(torch.tensor(BATCHES["right"]), PAD)
     for field in ("rows", "cu_seqlens", "positions"):
