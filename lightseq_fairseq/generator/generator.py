@@ -19,6 +19,7 @@ from lightseq_fairseq import model_file
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.beam_search import check, check_found, decode, length_limits
 from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.device_state import Kind
 from lightseq_fairseq.generator.hypotheses import Hypothesis
 from lightseq_fairseq.generator.model import load_model
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
@@ -62,19 +63,21 @@ class Generator:
         paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
         return cls([model_file.load(p) for p in paths], device, dtype)
 
-    def reserve(self, slots: Slots) -> Refill:
-        """Take memory for ``slots`` now and for good; ``str()`` of what comes back says how much, and its ``submit``,
-        ``collect`` and ``cancel`` serve sentences that come and go. :meth:`infer` uses it for what fits, and takes no
-        slots of its own. GenerationError where the search is not on the device, or memory does not suffice."""
-        if self.device_search is None or not self.device_search.serves(GenerationOptions(beam=slots.beam)):
+    def reserve(self, slots: Slots, kind: Kind | None = None) -> Refill:
+        """Take memory for ``slots``, and for searches of ``kind``, now and for good; ``str()`` of what comes back says
+        how much, and its ``submit``, ``collect`` and ``cancel`` serve sentences that come and go. :meth:`infer` uses it
+        for what fits, and takes no slots of its own. GenerationError where the search is not on the device, or memory
+        does not suffice."""
+        search = self.device_search
+        if search is None or not self.config.has_encoder or not search.serves(GenerationOptions(beam=slots.beam)):
             raise GenerationError("slots are for one encoder-decoder model on a GPU with the compiled operators; "
                                   "sentences are decoded in batches without them")
         self.refill = None
-        needed, most = self.device_search.refill_memory(slots), self.device_search.most_bytes
+        needed, most = search.refill_memory(slots), search.most_bytes
         if needed > most:
             raise GenerationError(f"{slots} needs {needed / 2**20:.0f} MiB, more than the {most / 2**20:.0f} that "
                                   "generation may take: ask for fewer slots, beams or steps")
-        self.refill = self.device_search.refill(slots)
+        self.refill = search.refill(slots, kind)
         self._reserved = True
         logger.info("%s", self.refill)
         return self.refill
@@ -97,7 +100,7 @@ class Generator:
         if self.device_search is not None and len(src_tokens) and plain:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
             if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
-                return self.device_search.decode(src_tokens, options, prefix_tokens, limits)
+                return self.device_search.decode(src_tokens, options, prefix_tokens, limits, draws)
         return decode(self.models, src_tokens, options, prefix_tokens, max_lens, draws, constraints)
 
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
@@ -118,12 +121,12 @@ class Generator:
         self._check_ids(ids)
         results: list[list[Hypothesis]] = [[] for _ in ids]
         rest = list(range(len(ids)))
-        if refill or (refill is None and len(ids) >= _MANY):
-            served = self._infer_in_slots(ids, options or GenerationOptions(), prefix_ids, constraints, refill is True,
-                                          results, progress)
-            rest = [index for index in rest if index not in served]
         seed = None if options is None else options.seed  # for all batches together: each would draw the same otherwise
         draws = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        if refill or (refill is None and len(ids) >= _MANY):
+            served = self._infer_in_slots(ids, options or GenerationOptions(), prefix_ids, constraints, refill is True,
+                                          results, progress, draws)
+            rest = [index for index in rest if index not in served]
         for places in _batches_by_length([len(ids[i]) for i in rest], max_tokens, max_sentences):
             batch = [rest[place] for place in places]
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
@@ -142,24 +145,25 @@ class Generator:
         """Slots that are there, or memory for new ones, to decode so many sentences of at most ``longest`` source
         tokens that must end at step ``limit``; None where the search is not on the device, or none would serve them."""
         search = self.device_search
-        if search is None or not options.force_eos or options.include_context or not search.serves(options):
+        if search is None or not self.config.has_encoder or not options.force_eos or not search.serves(options):
             return None
         if self._reserved:
             return self.refill
-        wanted = search.slots_for(sentences, options.beam, limit + 1, longest)
-        held = None if self.refill is None else self.refill.slots
+        wanted, kind = search.slots_for(sentences, options.beam, limit + 1, longest), Kind.of(options)
+        held = None if self.refill is None or not self.refill.kind.covers(kind) else self.refill.slots
         if wanted is None or (held is not None and held.beam == wanted.beam and held.count >= wanted.count
                               and held.steps >= wanted.steps and held.width >= wanted.width):
             return self.refill if wanted is not None else None
         self.refill = None  # its memory first
-        self.refill = search.refill(wanted)
+        self.refill = search.refill(wanted, kind)
         logger.info("%s", self.refill)
         return self.refill
 
     def _infer_in_slots(self, ids: Sequence[Sequence[int]], options: GenerationOptions,
                         prefix_ids: Sequence[Sequence[int]] | None,
                         constraints: Sequence[Sequence[Sequence[int]]] | None, insist: bool,
-                        results: list[list[Hypothesis]], progress: Callable[[int], object] | None) -> set[int]:
+                        results: list[list[Hypothesis]], progress: Callable[[int], object] | None,
+                        draws: torch.Generator | None) -> set[int]:
         """Fills in ``results`` what slots serve; returns which sentences those are."""
         limits = length_limits(self.models, [torch.empty(len(sentence)) for sentence in ids], options)
         refill = None if constraints is not None else self.slots(
@@ -169,6 +173,7 @@ class Generator:
                 raise GenerationError("refill is for beam search with one encoder-decoder model on a GPU, without "
                                       "constraints, alignments and the like: leave it to be chosen")
             return set()
+        refill.draws = draws
         fitting = [i for i in range(len(ids)) if refill.refusal(len(ids[i]), options, limits[i]) is None]
         if fitting:
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in fitting])

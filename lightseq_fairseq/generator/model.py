@@ -107,6 +107,9 @@ class LanguageModel:
     def encode(self, src_tokens: Sequence[Tensor], beam: int, max_steps: int) -> ContinuationState:
         """Texts, each 1-D int64 of one token at least, without padding -> the state before their last token is fed."""
         lengths = [len(text) - 1 for text in src_tokens]
+        if max(lengths) > self.config.max_target_positions:
+            raise GenerationError(f"a text of {max(lengths) + 1} tokens is longer than the model's "
+                                  f"{self.config.max_target_positions} positions")
         packing = Packing.of_lengths(lengths, self.device)
         tokens = torch.cat(list(src_tokens)).to(self.device)
         ends = torch.tensor([len(text) for text in src_tokens]).cumsum(0) - 1

@@ -117,8 +117,11 @@ class IncrementalDecoder:
     @torch.no_grad()
     def read(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, list[Tensor]]:
         """Packed texts (N,) int64 in one pass, without cross-attention -> features (N, output_dim) of what follows each
-        token, and keys and values of each layer, (N, 2, H, D)."""
-        x = self.decoder.embed(tokens, packing.positions, packing.width)
+        token, and keys and values of each layer, (N, 2, H, D). No text may be longer than the learned positions."""
+        positions, longest = self.decoder.embed_positions, packing.width
+        if positions is not None:  # the width may be rounded up
+            longest = min(longest, positions.max_positions)
+        x = self.decoder.embed(tokens, packing.positions, longest)
         keys_values: list[Tensor] = []
         x = read_layers(self.layers, x, packing, True, self.last_norm, keys_values)
         project = self.decoder.project_out_dim

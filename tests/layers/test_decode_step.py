@@ -10,7 +10,8 @@ from lightseq_fairseq.generator.beam_search import decode
 from lightseq_fairseq.generator.device_search import DeviceSearch
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import LanguageModel
-from lightseq_fairseq.generator.options import GenerationOptions
+from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.refill import Slots
 from lightseq_fairseq.layers import decode_step
 from lightseq_fairseq.model_file import ModelFile
 from lightseq_fairseq.model_file.spec import tensor_shapes, tied_tensors
@@ -69,6 +70,7 @@ def test_single_tokens_alone(beam, device):
 def test_up_to_the_last_position(device):
     model = LanguageModel(random_model(**MODELS["learned positions from row 0"]), device)
     compare(model, texts([30, 2]), [10, 38], beam=2, min_len=9)
+    compare(model, texts([33, 2]), [7, 38], beam=2)  # a power of two above 33 is more than there are
 
 
 def test_which_models_are_taken():
@@ -86,3 +88,7 @@ def test_a_generator_uses_it_on_a_gpu(device):
     assert_same(found, decode(generator.models, texts([4, 7]), GenerationOptions(beam=3, max_len_b=6)))
     if generator.device_search is not None:
         assert generator.device_search.plans
+    with pytest.raises(GenerationError, match="slots are for one encoder-decoder model"):
+        generator.reserve(Slots(4, 2, 32, 32))
+    many = [text.tolist() for text in texts([3] * 200)]
+    assert len(generator.infer(many, GenerationOptions(beam=1, max_len_b=3))) == 200, "no slots of its own"
