@@ -97,6 +97,7 @@ class GraphedStack:
     devices = ("cuda",)
 
     def __init__(self) -> None:
+        self.said: set[str] = set()
         self._forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -122,26 +123,28 @@ class GraphedStack:
         grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         obstacle = self._obstacle(layers, run, hidden_states, grad)
         if obstacle is not None:
-            logger.debug("layers run one by one, because %s", obstacle)
+            self._say(obstacle)
             return None
         if not self._adopt(slots, hidden_states.device):
-            logger.debug("layers run one by one, because parameters are on several devices")
+            self._say("parameters are on several devices, or made in inference mode")
             return None
         device = hidden_states.device.type
-        size = Size(rounded(run.packing.count), run.packing.batch, rounded(run.packing.width),
-                    0 if source is None else rounded(source.size(0)),
-                    0 if run.source_packing is None else rounded(run.source_packing.width),
-                    hidden_states.dtype, None if source is None else source.dtype,
-                    grad, (grad and hidden_states.requires_grad, grad and source is not None and source.requires_grad),
-                    torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
-                    tuple(layer.dropouts() for layer in layers), tuple(map(id, layers)),
-                    run.inputs.past_key_values is not None)
-        kind = size[5:]
-        if kind not in self.seen:  # libraries set themselves up in the first step of its kind
+        size = Size(
+            rows=rounded(run.packing.count), sentences=run.packing.batch, width=rounded(run.packing.width),
+            source_rows=0 if source is None else rounded(source.size(0)),
+            source_width=0 if run.source_packing is None else rounded(run.source_packing.width),
+            dtype=hidden_states.dtype, source_dtype=None if source is None else source.dtype, grad=grad,
+            inputs_need_grad=(grad and hidden_states.requires_grad,
+                              grad and source is not None and source.requires_grad),
+            autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            dropouts=tuple(layer.dropouts() for layer in layers), layers=tuple(map(id, layers)),
+            keeps=run.inputs.past_key_values is not None)
+        kind = size[5:]  # all but the numbers
+        if kind not in self.seen:  # libraries set themselves up in the first step of a kind
             self.seen.add(kind)
             return None
         if size not in self.passes and len(self.passes) == _MOST_GRAPHS:
-            logger.debug("layers run one by one, because there are %d graphs of other sizes", _MOST_GRAPHS)
+            self._say(f"there are {_MOST_GRAPHS} graphs of other sizes of batch")
             return None
         if size not in self.passes:
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
@@ -163,6 +166,12 @@ class GraphedStack:
             return y
 
         return replay
+
+    def _say(self, obstacle: str) -> None:
+        """Each once."""
+        if obstacle not in self.said:
+            self.said.add(obstacle)
+            logger.info("layers run one by one, not as a CUDA graph, because %s", obstacle)
 
     def _obstacle(self, layers: Sequence[PackedLayer], run: Run, hidden_states: Tensor, grad: bool) -> str | None:
         awaited = self.awaiting() if self.awaiting is not None else None

@@ -26,7 +26,7 @@ KINDS = ("BertForMaskedLM", "BertForSequenceClassification", "RobertaForTokenCla
 @pytest.fixture(autouse=True)
 def graphs_everywhere(monkeypatch, caplog):
     monkeypatch.setattr(GraphedStack, "devices", ("cpu", "cuda"))
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)
 
 
 def graphs(model) -> list[GraphedStack]:
