@@ -1,5 +1,5 @@
-"""From fairseq's checkpoints, stock ``transformer*`` and ``transformer_lm*`` or ours of these names, to a ModelFile;
-needs no fairseq."""
+"""From fairseq's checkpoints, stock ``transformer*``, ``transformer_lm*`` and ``roberta*`` or ours of these names, to a
+ModelFile; needs no fairseq."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from lightseq_fairseq.export.dictionary import DATA_ADVICE, SPECIAL, load_symbol
 from lightseq_fairseq.model_file import ModelFile, ModelFileError
 from lightseq_fairseq.model_file.spec import differences, raise_all, same_tensor, tensor_shapes, tied_tensors
 
+SENTENCE_ENCODER = r"(en|de)coder\.sentence_encoder\."
+"""What RoBERTa's names begin with, which then are those of an encoder."""
+
 NAMES = (
+    (r"(en|de)coder\.lm_head\..+|classification_heads\..+",               None),  # RoBERTa's heads
+    (r"encoder\.emb_layer_norm\.(\w+)",                                   r"encoder.layernorm_embedding.\1"),
     (r"(en|de)coder\.version",                                            None),  # read by arguments()
     (r"(en|de)coder\.embed_positions\.(_float_tensor|weights)",           None),  # sinusoids are computed again
     (r"decoder\.embed_out",                                               r"decoder.output_projection.weight"),
@@ -92,10 +97,12 @@ def _model(args: Mapping[str, Any], tensors: dict[str, Tensor], data_bin: str | 
     config = config_from_args(args, tensors)
     complete = complete_tensors(config, tensors)
     folder = data_bin or _data_folder(args)
-    if not config.has_encoder:
+    if config.stacks != "encoder-decoder":
         symbols = _dictionary(folder)
-        if len(symbols) != config.tgt_vocab_size:
-            raise ExportError(f"expected a dictionary of {config.tgt_vocab_size} types, got {len(symbols)}; "
+        if not config.has_decoder and len(symbols) == config.src_vocab_size - 1:
+            symbols = (*symbols, "<mask>")  # which fairseq's task adds
+        if len(symbols) != config.src_vocab_size:
+            raise ExportError(f"expected a dictionary of {config.src_vocab_size} types, got {len(symbols)}; "
                               + DATA_ADVICE)
         return ModelFile(config, complete, symbols, symbols)
     source_lang, target_lang = source_lang or args.get("source_lang"), target_lang or args.get("target_lang")
@@ -135,10 +142,11 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     """
     arch = args.get("_name") or args.get("arch") or "unknown"
     alone = "decoder.embed_tokens.weight" in tensors and not any(name.startswith("encoder.") for name in tensors)
-    if not alone and not {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} <= tensors.keys():
+    roberta = re.fullmatch(r".*roberta.*|(ls_)?xlm", arch) and "encoder.embed_tokens.weight" in tensors
+    if not (alone or roberta or {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"} <= tensors.keys()):
         raise ExportError(f"expected a Transformer with a decoder, got architecture {arch!r} without encoder and "
-                          "decoder embeddings; transformer*, transformer_lm*, bart* and mbart* are supported, and ours "
-                          "of these names")
+                          "decoder embeddings; transformer*, transformer_lm*, bart*, mbart* and roberta* are "
+                          "supported, and ours of these names")
     refused = {reason: name for name, reason in REFUSED.items() if args.get(name)}
     if refused:
         options = ", ".join(f"{reason} (--{name.replace('_', '-')})" for reason, name in refused.items())
@@ -156,6 +164,8 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
             return "none"
         return "learned" if args.get(f"{side}_learned_pos") else "sinusoidal"
 
+    if roberta:
+        return _roberta(args, tensors)
     width = get("encoder_embed_dim", 512)
     decoder_width = get("decoder_embed_dim", width)
     input_width = tensors["decoder.embed_tokens.weight"].size(1)  # whatever --decoder-input-dim says
@@ -198,10 +208,30 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         no_cross_attention=bool(args.get("no_cross_attention")), **common)
 
 
+def _roberta(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransformerConfig:
+    """RoBERTa's configuration, its sizes being the tensors' own as far as they tell."""
+    (vocab, width), pad = tensors["encoder.embed_tokens.weight"].shape, SPECIAL.index("<pad>")
+    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+    positions = tensors.get("encoder.embed_positions.weight")
+    if positions is None or not layers:
+        raise ExportError("expected a RoBERTa of learned positions and one layer at least")
+    return TransformerConfig(
+        stacks="encoder", src_vocab_size=vocab, tgt_vocab_size=vocab, encoder_layers=len(layers),
+        encoder_embed_dim=width, encoder_ffn_embed_dim=tensors["encoder.layers.0.fc1.bias"].numel(),
+        encoder_attention_heads=args.get("encoder_attention_heads") or 12,
+        activation_fn=str(args.get("activation_fn") or "gelu"),
+        encoder_normalize_before="encoder.layer_norm.weight" in tensors,
+        layernorm_embedding="encoder.layernorm_embedding.weight" in tensors,
+        no_scale_embedding=bool(args.get("no_scale_embedding", True)), encoder_positions="learned",
+        max_source_positions=positions.size(0) - pad - 1,
+        bos=SPECIAL.index("<s>"), pad=pad, eos=SPECIAL.index("</s>"), unk=SPECIAL.index("<unk>"))
+
+
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors under their names in the file, joint projections split."""
+    """A checkpoint's tensors under their names in the file, joint projections split; RoBERTa's heads have none."""
     renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for original, tensor in tensors.items():
+        name = re.sub(SENTENCE_ENCODER, "encoder.", original)
         if name.endswith(".para"):
             raise ExportError(f"{name} is packed by LightSeq itself; export such a checkpoint with export_ls_encoder "
                               "and its siblings in lightseq_fairseq.export")

@@ -240,10 +240,10 @@ def test_other_models(tmp_path, data_bin):
     state, _ = state_of(data_bin, *TINY)
     weights = state["model"]
     state["model"] = {name: tensor for name, tensor in weights.items() if name.startswith("encoder")}
-    vars(state["cfg"]["model"])["_name"] = "roberta"
-    torch.save(state, tmp_path / "roberta.pt")
-    with pytest.raises(ExportError, match="expected a Transformer with a decoder, got architecture 'roberta'"):
-        from_checkpoints([tmp_path / "roberta.pt"])
+    vars(state["cfg"]["model"])["_name"] = "hubert"
+    torch.save(state, tmp_path / "hubert.pt")
+    with pytest.raises(ExportError, match="expected a Transformer with a decoder, got architecture 'hubert'"):
+        from_checkpoints([tmp_path / "hubert.pt"])
     state["model"] = weights | {"encoder.layers.0.para": torch.zeros(9)}
     torch.save(state, tmp_path / "ls.pt")
     with pytest.raises(ExportError, match="encoder.layers.0.para is packed by LightSeq itself; .* export_ls_encoder"):
