@@ -188,6 +188,10 @@ class Gpt(_Model):
         self.generator = Generator([model], device, dtype)
         suggested = {name: value for name, value in suggested.items()
                      if name not in ("first_tokens", "max_length", "min_len")}  # lengths there count the text
+        if model.decoding.get("sampling_method") in ("topk", "topp", "beam_search"):  # not ppl: a file of LightSeq's
+            suggested |= _suggested(model.decoding)
+        if model.decoding.get("extra_decode_length"):
+            suggested["max_len_b"] = int(model.decoding["extra_decode_length"])
         plain = {"beam": 1, "nbest": 1, "min_len": 0, "force_eos": False, "max_len_b": 50}
         self.options = GenerationOptions.from_dict({**plain, **suggested, "nbest": 1, **options})
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import lightseq_fairseq.inference as lsi
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.generator.text_encoder import TextEncoder
@@ -125,6 +126,25 @@ def test_gpt(suffix, pad, gpt, tmp_path, device):
         said.append(ids[0, len(context):].tolist())
         assert hypotheses[0].tokens.tolist() == said[-1]
     assert len(set(map(tuple, said))) == 6
+
+
+def test_behind_lightseqs_classes(bert, gpt, tmp_path):
+    """With the file's own way to sample and its extra_decode_length."""
+    ids = torch.randint(8, VOCAB - 1, (3, 4))
+    hidden = lsi.Bert(write(tmp_path / "bert.hdf5", "Bert", *bert_arrays(bert)), 2, device="cpu").infer(ids.numpy())
+    with torch.no_grad():
+        expected = bert.bert(ids).last_hidden_state
+    torch.testing.assert_close(torch.from_numpy(hidden), expected, rtol=1e-4, atol=1e-4)
+    path = write(tmp_path / "gpt.pb", "Gpt", *gpt_arrays(gpt, VOCAB))  # topk of 1 type
+    said = lsi.Gpt(path, 2, device="cpu").sample(ids.tolist())
+    with torch.no_grad():
+        expected = gpt.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7,
+                                pad_token_id=VOCAB - 1)
+    assert said.tolist() == expected.tolist()
+    assert lsi.Gpt(path, 2, device="cpu", max_len_b=3).sample(ids.tolist()).shape == (3, 7)
+    path = write(tmp_path / "drawn.pb", "Gpt", *gpt_arrays(gpt, VOCAB, sampling_method="topp", topp=0.9))
+    options = lsi.Gpt(path, 2, device="cpu").options
+    assert options.sampling and options.sampling_topp == pytest.approx(0.9) and options.max_len_b == 7
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
