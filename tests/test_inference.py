@@ -87,19 +87,19 @@ def test_gpt_sample_is_hugging_faces_generate(saved, device):
     assert drawn.shape[0] == 2 and (drawn[:, :2] == [8, 9]).all()
 
 
-@pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize(("beam", "early"), [(1, True), (4, True), (4, False)])
 @pytest.mark.parametrize("name", NAMES["encoder-decoder"])
-def test_bart(name, beam, saved, device):
+def test_bart(name, beam, early, saved, device):
     stock = random_model(name)
     eos, rows = stock.config.eos_token_id, texts(LENGTHS)
     bart = lsi.Bart.from_pretrained(saved(stock), 8, device, beam=beam, nbest=1, lenpen=1.0, min_len=0, max_len_b=10,
-                                    force_eos=False)
+                                    force_eos=False, early_stopping=early)
     tokens, scores = bart.infer([row.tolist() for row in rows])
     assert tokens.dtype == np.int32 and scores.dtype == np.float32 and scores.shape == tokens.shape[:2] == (4, 1)
     ids, mask = padded(rows, stock.config.pad_token_id)
     with torch.no_grad():
         expected = stock.generate(
-            ids, attention_mask=mask, num_beams=beam, do_sample=False, early_stopping=beam > 1, length_penalty=1.0,
+            ids, attention_mask=mask, num_beams=beam, do_sample=False, early_stopping=early and beam > 1, length_penalty=1.0,
             max_new_tokens=10, forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0,
             suppress_tokens=[stock.config.pad_token_id], decoder_start_token_id=bart.config.start)
     for found, row in zip(tokens[:, 0].tolist(), expected[:, 1:].tolist(), strict=True):

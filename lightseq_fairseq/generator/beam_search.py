@@ -115,6 +115,34 @@ class Continuation:
             self.idle = self.idle[sentences]
 
 
+class Improvement:
+    """Which sentences could still find a better hypothesis, see ``GenerationOptions.early_stopping``."""
+
+    def __init__(self, batch: int, beam: int, options: GenerationOptions, device: torch.device) -> None:
+        self.lenpen = options.lenpen if options.normalize_scores else 0.0
+        self.beam = beam
+        self.best = torch.full((batch, beam), -torch.inf, device=device)
+        """Scores of the best hypotheses so far, (B, K)."""
+        self.last_steps = torch.full((batch,), torch.iinfo(torch.int64).max, device=device)
+        """Of all sentences that there were: the step at which each was finished."""
+        self.live = torch.arange(batch, device=device)
+
+    def __call__(self, step: int, chosen: Step, complete: Tensor) -> Tensor:
+        """(B,) int64: K for the sentences that are finished, 0 for the others; once finished, for ever."""
+        scale = (step + 1) ** self.lenpen
+        ended = (chosen.totals / scale).masked_fill(~chosen.ended, -torch.inf)
+        self.best = torch.cat((self.best, ended), 1).topk(self.beam).values
+        over = (self.best[:, -1] > -torch.inf) & (chosen.scores[:, 0] / scale <= self.best[:, -1])
+        newly = over & (complete < self.beam)
+        last = self.last_steps[self.live]
+        self.last_steps[self.live] = torch.where(newly, step, last)
+        return torch.where(over | (complete >= self.beam), self.beam, 0)
+
+    def keep(self, sentences: Tensor) -> None:
+        """(B',) int64: only these sentences go on."""
+        self.best, self.live = self.best[sentences], self.live[sentences]
+
+
 class _Decoding:
     """One batch on its way."""
 
@@ -132,6 +160,8 @@ class _Decoding:
         self.complete = torch.zeros(len(src_tokens), dtype=torch.int64, device=self.device)  # hypotheses so far
         self.history = History(len(src_tokens), self.beam, self.device)
         self.continuation = Continuation(self.beam, config.eos)
+        self.improvement = None if options.early_stopping else \
+            Improvement(len(src_tokens), self.beam, options, self.device)
         self.search = _search_strategy(options, self.beam, config.eos, src_tokens, self.device, generator, constraints)
         self.constrained = [False] * len(src_tokens) if constraints is None else [len(c) > 0 for c in constraints]
         self.penalties = TokenPenalties(config.pad, config.unk, options.unkpen, self.device)
@@ -161,7 +191,7 @@ class _Decoding:
             chosen = self.continuation(candidates, self.limits == step if cut else None)
             self.history.append(chosen, attention)
             tokens, scores = chosen.tokens, chosen.scores
-            live = self._count_live(step, chosen.ended)
+            live = self._count_live(step, chosen)
             if live == 0:
                 break
             for state in self.states:
@@ -188,9 +218,12 @@ class _Decoding:
             attention = torch.stack(attentions).sum(0).div_(len(attentions))
         return lprobs, attention
 
-    def _count_live(self, step: int, ended: Tensor) -> int:
+    def _count_live(self, step: int, chosen: Step) -> int:
         """Sentences that are not finished; the one value that the host reads of a step."""
-        self.complete += ended.sum(1)
+        if self.improvement is None:
+            self.complete += chosen.ended.sum(1)
+        else:
+            self.complete = self.improvement(step, chosen, self.complete)
         if step in self.limit_steps:
             self.complete[self.limits <= step] = self.beam
         return int((self.complete < self.beam).sum())
@@ -202,8 +235,9 @@ class _Decoding:
             state.keep(live)
         for rule in self.rules:
             rule.keep(live)
-        for follower in (self.search, self.continuation, self.forced, self.history):
-            follower.keep(live)
+        for follower in (self.search, self.continuation, self.forced, self.history, self.improvement):
+            if follower is not None:
+                follower.keep(live)
         self.complete, self.limits = self.complete[live], self.limits[live]
         return tokens[live], scores[live]
 
@@ -212,11 +246,15 @@ class _Decoding:
         options = self.options
         source_lens = np.array([len(sentence) for sentence in self.src_tokens])
         ranking = Ranking(options.lenpen, options.normalize_scores, source_lens if options.match_source_len else None,
-                          cut=not options.force_eos)
+                          cut=None if options.force_eos else np.array(self.last_steps),
+                          first_only=options.early_stopping)
         if self.contexts is not None:
             totals = np.array([float(scores.sum()) for scores in self.contexts], dtype=np.float32)
             ranking = replace(ranking, context_lens=source_lens - 1, context_totals=totals)
-        found = self.history.best(self.last_steps, ranking, options.nbest, self.config.eos)
+        last_steps = self.last_steps
+        if self.improvement is not None:
+            last_steps = np.minimum(last_steps, self.improvement.last_steps.cpu().numpy()).tolist()
+        found = self.history.best(last_steps, ranking, options.nbest, self.config.eos)
         check_found(found, self.constrained)
         if self.contexts is not None:
             found = [[_with_context(h, text, scores) for h in hypotheses]
@@ -288,6 +326,8 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
     """GenerationError naming everything that does not fit together."""
     batch, wrong = len(src_tokens), []
     config = models[0].config
+    if not options.early_stopping and (options.sampling or options.include_context or options.match_source_len):
+        wrong.append("early_stopping=False is for searches, without include_context and match_source_len")
     if not config.has_encoder:
         wrong += _wrong_contexts(models, src_tokens, options, max_lens)
     elif options.include_context:

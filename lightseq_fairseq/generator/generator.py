@@ -38,8 +38,8 @@ class Generator:
 
     def __init__(self, models: Sequence[ModelFile], device: torch.device | str | None = None,
                  dtype: torch.dtype = torch.float32) -> None:
-        """``device`` is the first GPU where there is one; ``dtype`` float32, float16 or bfloat16 (scores are always
-        fp32). Raises GenerationError for members that do not speak the same two languages."""
+        """``device`` is the first GPU where there is one; ``dtype`` float32, float16, bfloat16 or, on the CPU, int8
+        (scores are always fp32). Raises GenerationError for members that do not speak the same two languages."""
         if not models:
             raise GenerationError("a generator needs at least one model")
         first = models[0]
@@ -96,7 +96,7 @@ class Generator:
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
         options = options or GenerationOptions()
-        plain = constraints is None and options.force_eos and not options.include_context
+        plain = constraints is None and options.force_eos and options.early_stopping and not options.include_context
         if self.device_search is not None and len(src_tokens) and plain:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
             if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
@@ -145,7 +145,8 @@ class Generator:
         """Slots that are there, or memory for new ones, to decode so many sentences of at most ``longest`` source
         tokens that must end at step ``limit``; None where the search is not on the device, or none would serve them."""
         search = self.device_search
-        if search is None or not self.config.has_encoder or not options.force_eos or not search.serves(options):
+        fairseqs = options.force_eos and options.early_stopping
+        if search is None or not self.config.has_encoder or not fairseqs or not search.serves(options):
             return None
         if self._reserved:
             return self.refill

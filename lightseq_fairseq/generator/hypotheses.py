@@ -65,8 +65,10 @@ class Ranking:
     """(B,): tokens in front that count, and"""
     context_totals: Floats | None = None
     """the sum of their log-probabilities."""
-    cut: bool = False
-    """Whether hypotheses at their last step go without eos."""
+    cut: Ints | None = None
+    """(B,): the step at which hypotheses go without eos."""
+    first_only: bool = True
+    """Whether only the first hypotheses of a sentence count, as many as it has beams, and not all of them."""
 
     def scores(self, pool: Pool) -> Floats:
         """(N,) fp32, of N hypotheses."""
@@ -165,7 +167,7 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     of the beams that hypotheses went through.
     """
     _, batch, beam = record[0].shape
-    pool = _pool(record, np.asarray(last_steps), beam, eos, ranking.cut)
+    pool = _pool(record, np.asarray(last_steps), beam, eos, ranking)
     scores = ranking.scores(pool)
     order = pool.best(scores, nbest)
     pool, scores = pool.chosen(order), scores[order]
@@ -180,19 +182,21 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     return found
 
 
-def _pool(record: list[Array], last_steps: Ints, beam: int, eos: int, cut: bool) -> Pool:
-    """The hypotheses that count: the first ``beam`` of each sentence that end no later than its last step.
+def _pool(record: list[Array], last_steps: Ints, beam: int, eos: int, ranking: Ranking) -> Pool:
+    """The hypotheses that count, which end no later than their sentence's last step.
 
-    With ``cut`` those of the last step, which end with whatever token they have, compete with all before them.
+    Those that are cut end with whatever token they have; all of that step compete with what came before.
     """
     ended, totals, beams, tokens = record[:4]  # (T, B, K) each
     in_time = np.arange(ended.shape[0])[:, None] <= last_steps
     sentences, steps, ranks = (ended & in_time[..., None]).transpose(1, 0, 2).nonzero()
-    at_limit = cut & (steps == last_steps[sentences])
-    ends = np.where(at_limit, tokens[steps, sentences, ranks], eos)
+    cut = np.zeros(steps.shape, bool) if ranking.cut is None else steps == ranking.cut[sentences]
+    ends = np.where(cut, tokens[steps, sentences, ranks], eos)
     pool = Pool(sentences, steps, beams[steps, sentences, ranks], totals[steps, sentences, ranks], ends)
+    if not ranking.first_only:
+        return pool
     places = _rank_within(sentences)
-    before = np.where(at_limit, places - ranks, places)  # those of one step are counted together
+    before = np.where(cut, places - ranks, places)  # those of one step are counted together
     return pool.chosen((before < beam).nonzero()[0])
 
 

@@ -61,6 +61,10 @@ class GenerationOptions:
     force_eos: bool = True
     """What happens to a hypothesis at its limit: True makes eos its last token, as fairseq does; False cuts it one
     token earlier, without eos, as Hugging Face does."""
+    early_stopping: bool = True
+    """When a sentence with ``beam`` complete hypotheses is finished: True at once, as in fairseq; False, which is
+    Hugging Face's default, when its best beam, were it complete now, would score no better than the worst of the
+    ``beam`` best hypotheses."""
     include_context: bool = False
     """For language models: hypotheses begin with the text that they continue, its first token left out, whose tokens
     count in scores and lengths, as in fairseq-generate. False leaves it out of everything, as Hugging Face does."""

@@ -71,8 +71,9 @@ def test_beam_search(name, beam, lenpen, models, device):
         assert [h.tokens.tolist() for h in hypotheses] == [until_eos(ids, eos) for ids in expected]
 
 
-@pytest.mark.parametrize("beam", [1, 3])
-def test_where_many_hypotheses_end_early(beam, models, device):
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("beam", [1, 3, 4])
+def test_where_many_hypotheses_end_early(beam, early, models, device):
     """eos is made likely, so that hypotheses of different lengths compete."""
     stock, exported = models["gpt2, untied, erf"]
     weight = stock.lm_head.weight.detach().clone()
@@ -83,14 +84,15 @@ def test_where_many_hypotheses_end_early(beam, models, device):
     try:
         stock.lm_head.weight.data[eos] *= 2.5
         contexts = texts([4, 7, 2, 6, 3, 8], seed=11)
-        found = Generator([likely], device).generate(contexts, dataclasses.replace(CUT, beam=beam))
+        options = dataclasses.replace(CUT, beam=beam, nbest=beam, early_stopping=early)
+        found = Generator([likely], device).generate(contexts, options)
         ended = 0
         for context, hypotheses in zip(contexts, found, strict=True):
-            expected = hugging_face(stock, context, max_new_tokens=12, num_beams=beam,
-                                    early_stopping=beam > 1)[0]
-            ids = hypotheses[0].tokens.tolist()
-            assert ids == until_eos(expected, eos)
-            ended += ids[-1] == eos
+            theirs = dict(num_beams=beam, early_stopping=early, num_return_sequences=beam) if beam > 1 else {}
+            expected = hugging_face(stock, context, max_new_tokens=12, **theirs)
+            ids = [h.tokens.tolist() for h in hypotheses]
+            assert ids == [until_eos(row, eos) for row in expected]
+            ended += ids[0][-1] == eos
         assert 0 < ended, "a test of early ends needs some"
     finally:
         stock.lm_head.weight.data.copy_(weight)
