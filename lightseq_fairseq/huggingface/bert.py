@@ -9,7 +9,13 @@ from transformers.models.bert import modeling_bert
 from transformers.models.roberta import modeling_roberta
 
 from lightseq_fairseq.huggingface.caching_attention import CachingAttention
-from lightseq_fairseq.huggingface.checks import ACTIVATIONS, activation_problems, type_problems
+from lightseq_fairseq.huggingface.checks import (
+    ACTIVATIONS,
+    activation_problems,
+    agreed,
+    agreement_problems,
+    type_problems,
+)
 from lightseq_fairseq.huggingface.packed_layer import SelfAttentionLayer
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 
@@ -58,7 +64,7 @@ class _Attention(CachingAttention):
 
     @property
     def dropout(self) -> float:
-        return active_p(self._inner.dropout)
+        return self._inner.dropout.p
 
 
 class BertAttention(_Attention, modeling_bert.BertAttention):
@@ -96,10 +102,7 @@ class _Layer(SelfAttentionLayer, TransformerDecoderLayer):
                          "width: pruned heads")
         if layer.chunk_size_feed_forward:
             wrong.append(f"chunk_size_feed_forward {layer.chunk_size_feed_forward} (set it to 0)")
-        if layer.attention.output.dropout.p != layer.output.dropout.p:
-            wrong.append("two dropout probabilities, "
-                         f"{layer.attention.output.dropout.p} behind attention and {layer.output.dropout.p} at the end")
-        return wrong
+        return wrong + agreement_problems(layer.attention.output.dropout.p, layer.output.dropout.p)
 
     @property
     def causal(self) -> Any:
@@ -131,7 +134,8 @@ class _Layer(SelfAttentionLayer, TransformerDecoderLayer):
 
     @property
     def dropout(self) -> float:
-        return active_p(self.output.dropout)
+        layer: Any = self
+        return agreed(layer.attention.output.dropout.p, layer.output.dropout.p)
 
 
 class BertLayer(_Layer, modeling_bert.BertLayer):
@@ -144,11 +148,6 @@ class RobertaLayer(_Layer, modeling_roberta.RobertaLayer):
     """RobertaLayer's modules under our computation."""
 
     original = modeling_roberta.RobertaLayer
-
-
-def active_p(dropout: Any) -> float:
-    """The probability of an nn.Dropout, 0 where it has been put to eval by itself."""
-    return float(dropout.p) if dropout.training else 0.0
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {

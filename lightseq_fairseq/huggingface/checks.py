@@ -42,3 +42,18 @@ def activation_problems(name: Any) -> list[str]:
     if isinstance(name, str) and name in ACTIVATIONS:
         return []
     return [f"activation {name!r} (use one of {', '.join(ACTIVATIONS)})"]
+
+
+def agreement_problems(behind_attention: float, at_end: float) -> list[str]:
+    """Whether the two dropouts in front of a layer's residuals have different probabilities, in words."""
+    if behind_attention == at_end:
+        return []
+    return [f"two dropout probabilities, {behind_attention} behind attention and {at_end} at the end"]
+
+
+def agreed(behind_attention: float, at_end: float) -> float:
+    """The probability of both dropouts in front of a layer's residuals; ValueError where they have come to differ."""
+    problems = agreement_problems(behind_attention, at_end)
+    if problems:
+        raise ValueError(f"lightseq_fairseq.huggingface: {problems[0]} (set both, or restore(model))")
+    return at_end

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
-from lightseq_fairseq.huggingface.bert import active_p
 from lightseq_fairseq.huggingface.caching_attention import CachingAttention
-from lightseq_fairseq.huggingface.checks import ACTIVATIONS, activation_problems, type_problems
+from lightseq_fairseq.huggingface.checks import (
+    ACTIVATIONS,
+    activation_problems,
+    agreed,
+    agreement_problems,
+    type_problems,
+)
 from lightseq_fairseq.huggingface.packed_layer import SelfAttentionLayer
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 from lightseq_fairseq.layers.linear import forked_linear
@@ -44,7 +49,7 @@ class GPT2Attention(CachingAttention, modeling_gpt2.GPT2Attention):
 
     @property
     def dropout(self) -> float:
-        return active_p(self.attn_dropout)
+        return self.attn_dropout.p
 
 
 class GPT2Block(SelfAttentionLayer, TransformerDecoderLayer, modeling_gpt2.GPT2Block):
@@ -63,10 +68,7 @@ class GPT2Block(SelfAttentionLayer, TransformerDecoderLayer, modeling_gpt2.GPT2B
         wrong += activation_problems(layer.attn.config.activation_function)
         if hasattr(layer, "crossattention"):
             wrong.append("cross-attention (add_cross_attention; BART has layers with it)")
-        if layer.attn.resid_dropout.p != layer.mlp.dropout.p:
-            wrong.append("two dropout probabilities, "
-                         f"{layer.attn.resid_dropout.p} behind attention and {layer.mlp.dropout.p} at the end")
-        return wrong
+        return wrong + agreement_problems(layer.attn.resid_dropout.p, layer.mlp.dropout.p)
 
     @property
     def self_attn(self) -> Any:
@@ -94,7 +96,7 @@ class GPT2Block(SelfAttentionLayer, TransformerDecoderLayer, modeling_gpt2.GPT2B
 
     @property
     def dropout(self) -> float:
-        return active_p(self.mlp.dropout)
+        return agreed(self.attn.resid_dropout.p, self.mlp.dropout.p)
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {

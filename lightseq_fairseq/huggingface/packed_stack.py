@@ -140,11 +140,14 @@ class Stack:
         return packing, source
 
     def _changed(self) -> str | None:
-        """What has come between our layers and their modules since they were replaced."""
+        """What has come between our layers and their modules since they were replaced, in words."""
         for parts in self.layer_parts:
             for index, (module, children) in enumerate(parts):
                 if module._modules != children:
                     return f"{type(module).__name__} has other modules than when it was replaced: accelerate again"
+                if module.training != parts[0][0].training:
+                    return (f"{type(module).__name__} is in {'training' if module.training else 'evaluation'} by "
+                            "itself inside a layer")
                 if "forward" in module.__dict__:
                     return f"somebody has given {type(module).__name__} a forward of its own (a device map does)"
                 if index and (module._forward_hooks or module._forward_pre_hooks) and _is_watched(module):

@@ -192,6 +192,27 @@ def test_dropped_share_is_the_probability(device):
     assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
+def test_dropouts_switched_by_themselves(device, attentions, lines):
+    """As for samples of a model's uncertainty: in evaluation, but for the dropouts."""
+    stock, ours = pair("BertModel", device, **DROPOUT["bert"])
+    given, results = batch("BertModel", device), []
+    for model in (stock, ours):
+        for module in model.modules():
+            module.train(isinstance(module, nn.Dropout))
+        torch.manual_seed(2)
+        results.append(model(**given)[0])
+    assert torch.equal(*results)
+    assert attentions == []
+    assert "Dropout is in training by itself" in lines.text
+
+
+def test_dropouts_that_come_to_differ_are_refused(device):
+    _, ours = pair("GPT2Model", device)
+    ours.train().h[1].mlp.dropout.p = 0.3
+    with pytest.raises(ValueError, match="two dropout probabilities, 0.0 behind attention and 0.3 at the end"):
+        ours(**batch("GPT2Model", device))
+
+
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration", "GPT2LMHeadModel"])
 def test_hidden_states_between_the_layers(kind, device, attentions):
     stock, ours = pair(kind, device)
