@@ -48,7 +48,7 @@ class GPT2Attention(CachingAttention, modeling_gpt2.GPT2Attention):
         return _linear(self.c_proj)
 
     @property
-    def dropout(self) -> float:
+    def dropout(self) -> Any:
         return self.attn_dropout.p
 
 
@@ -96,7 +96,8 @@ class GPT2Block(SelfAttentionLayer, TransformerDecoderLayer, modeling_gpt2.GPT2B
 
     @property
     def dropout(self) -> float:
-        return agreed(self.attn.resid_dropout.p, self.mlp.dropout.p)
+        layer: Any = self
+        return agreed(layer.attn.resid_dropout.p, layer.mlp.dropout.p)
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
