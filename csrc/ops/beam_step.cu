@@ -1,19 +1,13 @@
 // lightseq::token_statistics and beam_step_ on CUDA; schemas and references: lightseq_fairseq/ops/beam_step.py.
-#include <algorithm>
+#include "../kernels/beam_step.cuh"
+
 #include <optional>
 
-#include "../kernels/beam_step.cuh"
 #include "binding.h"
+#include "search_types.h"
 
 namespace lightseq {
 namespace {
-
-beam_step::Types types_of(const Tensor& logits, int64_t vocab, int64_t pad, int64_t eos, int64_t unk) {
-  LIGHTSEQ_EXPECT(logits.is_contiguous() && logits.size(1) % beam_step::kTile == 0);
-  return {static_cast<int>(vocab), static_cast<int>(logits.size(1)),
-          static_cast<int>(pad),   static_cast<int>(eos),
-          static_cast<int>(unk),   static_cast<int>(std::max({pad, eos, unk}))};
-}
 
 // logits (R, V'), settings (B, 9) -> statistics (R, V' / 64, 2)
 Tensor token_statistics(Tensor logits, Tensor settings, int64_t vocab, int64_t pad, int64_t eos, int64_t unk) {

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightseq_fairseq.generator.beam_search import check, check_found
 from lightseq_fairseq.generator.device_state import (
     DeviceState,
+    Kind,
     Snapshot,
     Table,
     captured,
@@ -56,14 +57,15 @@ class _Shape(NamedTuple):
     steps: int
     source_tokens: int
     source_width: int
+    kind: Kind = Kind()
 
     @classmethod
-    def around(cls, lengths: Sequence[int], beam: int, steps: int) -> _Shape:
+    def around(cls, lengths: Sequence[int], beam: int, steps: int, kind: Kind) -> _Shape:
         """Batches of 1, 2, 3, 4, 6, 8, 12...; powers of two of the others. ``lengths`` are those of the sources."""
         power = _power_of_two(len(lengths), 1)
         batch = power * 3 // 4 if len(lengths) <= power * 3 // 4 else power
         width = _power_of_two(max(lengths), 32)
-        return cls(batch, beam, _power_of_two(steps, 32), _power_of_two(sum(lengths), 64), width)
+        return cls(batch, beam, _power_of_two(steps, 32), _power_of_two(sum(lengths), 64), width, kind)
 
 
 def _power_of_two(size: int, least: int) -> int:
@@ -86,9 +88,7 @@ class DeviceSearch:
         """Whether this is a model and a search of the device's; what is not is for beam_search.decode."""
         config = self.model.config
         beam = min(options.beam, config.tgt_vocab_size - 1)
-        other_searches = (options.sampling or options.diverse_beam_groups or options.diversity_rate
-                          or options.match_source_len or options.constraints)
-        if (self.step is None or other_searches or options.no_repeat_ngram_size
+        if (self.step is None or options.match_source_len or options.constraints
                 or options.return_attention or options.return_alignment):
             return False
         tiles = -(-config.tgt_vocab_size // TILE)
@@ -101,7 +101,8 @@ class DeviceSearch:
         config = self.model.config
         beam, longest = min(options.beam, config.tgt_vocab_size - 1), max(max_lens) + 1
         return (longest <= config.max_target_positions
-                and self._cache_bytes(_Shape.around(lengths, beam, longest)) <= self.most_bytes)
+                and self._cache_bytes(_Shape.around(lengths, beam, longest, Kind.of(options)))
+                <= self.most_bytes)
 
     def _cache_bytes(self, shape: _Shape) -> int:
         """Keys and values of self- and cross-attention."""
@@ -110,21 +111,23 @@ class DeviceSearch:
 
     @torch.no_grad()
     def decode(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
-               max_lens: Sequence[int]) -> list[list[Hypothesis]]:
-        """As beam_search.decode."""
+               max_lens: Sequence[int], draws: torch.Generator | None = None) -> list[list[Hypothesis]]:
+        """As beam_search.decode, save that samples draw other uniforms."""
         config = self.model.config
         check([self.model], src_tokens, options, prefix_tokens, max_lens)
         shape = _Shape.around([len(sentence) for sentence in src_tokens], min(options.beam, config.tgt_vocab_size - 1),
-                              max(max_lens) + 1)
-        record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens)
+                              max(max_lens) + 1, Kind.of(options))
+        if options.sampling and draws is None and options.seed is not None:
+            draws = torch.Generator(self.model.device).manual_seed(options.seed)
+        record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens, draws)
         found = read(record, max_lens, Ranking(options.lenpen, options.normalize_scores), options.nbest, config.eos)
         check_found(found)
         return found
 
-    def refill(self, slots: Slots) -> Refill:
-        """Slots for any number of sentences of options that :meth:`takes` takes."""
+    def refill(self, slots: Slots, kind: Kind | None = None) -> Refill:
+        """Slots for any number of sentences of options that :meth:`serves` serves and ``kind`` covers."""
         assert self.step is not None
-        return Refill(self.model.encoder, self.step, slots)
+        return Refill(self.model.encoder, self.step, slots, kind or Kind())
 
     def slots_for(self, sentences: int, beam: int, steps: int, width: int) -> Slots | None:
         """Slots for so many sentences of such sizes, the latter rounded up; None where memory has no room for a few."""
@@ -166,13 +169,13 @@ class _Plan:
 
     def __init__(self, encoder: Callable[[Tensor, Packing], Tensor], step: DecodeStep, shape: _Shape) -> None:
         self.encoder, self.step, self.shape = encoder, step, shape
-        batch, beam, steps, source_tokens, width = shape
+        batch, beam, steps, source_tokens, width, kind = shape
         device = step.device
-        narrow = Table(torch.int32, device, cu_seqlens=(batch + 1,), **DeviceState.shapes(batch, beam, steps))
+        narrow = Table(torch.int32, device, cu_seqlens=(batch + 1,), **DeviceState.shapes(batch, beam, steps, kind))
         wide = Table(torch.int64, device, tokens=(source_tokens,), positions=(source_tokens,))
         self.tables, self.source = (narrow, wide), wide.tensors["tokens"]
         self.packing = Packing(None, narrow.tensors["cu_seqlens"], wide.tensors["positions"], batch, width)
-        self.state = DeviceState.of(step, narrow.tensors, source_tokens, self.packing.cu_seqlens)
+        self.state = DeviceState.of(step, kind, narrow.tensors, source_tokens, self.packing.cu_seqlens)
         on_gpu = device.type == "cuda"
         self.host_record = torch.empty_like(self.state.record, device="cpu", pin_memory=on_gpu)
         self.snapshots = [Snapshot(self.state.complete) for _ in range(_STEPS_AHEAD + 1)]
@@ -183,9 +186,12 @@ class _Plan:
             self.begin, self.advance = captured(self._begin), captured(self.state.advance)
 
     def run(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
-            max_lens: Sequence[int]) -> list[Array]:
+            max_lens: Sequence[int], draws: torch.Generator | None = None) -> list[Array]:
         """The columns of hypotheses.Step, (T, B, K) each."""
         self._fill(src_tokens, options, prefix_tokens, max_lens)
+        if self.state.uniforms is not None:
+            self.state.uniforms.copy_(torch.rand(
+                self.state.uniforms.shape, generator=draws, device=self.state.uniforms.device))
         self.begin()
         steps, snapshots = max(max_lens) + 1, self.snapshots
         sure = 0 if prefix_tokens is not None else options.min_len  # steps at which no sentence can end
@@ -210,7 +216,7 @@ class _Plan:
         lengths = np.array([len(sentence) for sentence in src_tokens])
         narrow, wide = (table.image for table in self.tables)
         narrow["limits"][:count] = max_lens
-        for name in ("steps", "idle", "scores"):
+        for name in {"steps", "idle", "scores", "overlap"} & narrow.keys():
             narrow[name][:] = 0
         narrow["complete"][:count], narrow["complete"][count:] = 0, self.shape.beam
         narrow["cu_seqlens"][1:count + 1] = ends = np.cumsum(lengths)

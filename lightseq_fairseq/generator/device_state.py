@@ -14,6 +14,8 @@ from lightseq_fairseq.generator.hypotheses import Array, Step
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.layers.decode_step import DecodeBuffers, DecodeStep
 from lightseq_fairseq.ops.beam_step import SETTINGS, Settings, beam_step_, token_statistics
+from lightseq_fairseq.ops.block_ngrams import block_ngrams_
+from lightseq_fairseq.ops.draw_tokens import draw_tokens
 
 
 def settings_of(options: GenerationOptions, beam: int) -> Settings:
@@ -21,11 +23,36 @@ def settings_of(options: GenerationOptions, beam: int) -> Settings:
     return Settings(**{name: getattr(options, name) for name in Settings._fields})._replace(beam=beam)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What the kernels of a step are, as far as options choose them; the rest of the options are data."""
+
+    groups: int = 0
+    """Of diverse beam search."""
+    sampling: bool = False
+    siblings: bool = False
+    """Diverse siblings, at a rate that may be 0."""
+    ngrams: bool = False
+    """n-grams are blocked, at a size that may be 0."""
+
+    @classmethod
+    def of(cls, options: GenerationOptions) -> Kind:
+        """What ``options`` ask for."""
+        return cls(options.diverse_beam_groups, options.sampling, options.diversity_rate > 0,
+                   options.no_repeat_ngram_size > 0)
+
+    def covers(self, other: Kind) -> bool:
+        """Whether a step of this kind can take such options, too."""
+        return (self.groups == other.groups and self.sampling == other.sampling and self.siblings >= other.siblings
+                and self.ngrams >= other.ngrams)
+
+
 @dataclass
 class DeviceState:
     """B sentences of K beams, T steps at most; tensors as in ops/beam_step.py, each sentence being at its own step."""
 
     step: DecodeStep
+    kind: Kind
     buffers: DecodeBuffers
     limits: Tensor
     complete: Tensor
@@ -34,22 +61,30 @@ class DeviceState:
     scores: Tensor
     forced: Tensor
     record: Tensor
+    overlap: Tensor | None
+    """None but for groups."""
+    uniforms: Tensor | None
+    """None but for sampling."""
 
     @staticmethod
-    def shapes(batch: int, beam: int, steps: int) -> dict[str, tuple[int, ...]]:
+    def shapes(batch: int, beam: int, steps: int, kind: Kind) -> dict[str, tuple[int, ...]]:
         """Of what the host sets at the start of a sentence, 32 bits each; ``steps`` there are those so far."""
-        return dict(limits=(batch,), steps=(batch,), complete=(batch,), idle=(batch,), settings=(batch, SETTINGS),
-                    scores=(batch, beam), forced=(batch, steps))
+        shapes: dict[str, tuple[int, ...]] = dict(
+            limits=(batch,), steps=(batch,), complete=(batch,), idle=(batch,), settings=(batch, SETTINGS),
+            scores=(batch, beam), forced=(batch, steps))
+        return shapes | {"overlap": (batch, kind.groups, kind.groups)} if kind.groups else shapes
 
     @classmethod
-    def of(cls, step: DecodeStep, tensors: dict[str, Tensor], source_tokens: int, cu_seqlens: Tensor) -> DeviceState:
+    def of(cls, step: DecodeStep, kind: Kind, tensors: dict[str, Tensor], source_tokens: int,
+           cu_seqlens: Tensor) -> DeviceState:
         """Over ``tensors`` (int32) of :meth:`shapes`; ``cu_seqlens`` as in ops/decode_attention.py."""
         (batch, beam), most = tensors["scores"].shape, tensors["forced"].size(1)
         buffers = step.buffers(batch, beam, most, source_tokens, cu_seqlens, tensors["steps"])
         record = torch.zeros(most, batch, beam, len(Step._fields), dtype=torch.int32, device=step.device)
         settings, scores = (tensors[name].view(torch.float32) for name in ("settings", "scores"))
-        return cls(step, buffers, tensors["limits"], tensors["complete"], tensors["idle"], settings, scores,
-                   tensors["forced"], record)
+        uniforms = torch.zeros(batch, most, beam, device=step.device) if kind.sampling else None
+        return cls(step, kind, buffers, tensors["limits"], tensors["complete"], tensors["idle"], settings, scores,
+                   tensors["forced"], record, tensors.get("overlap"), uniforms)
 
     def advance(self) -> None:
         """The next step of every sentence that is not finished."""
@@ -57,10 +92,18 @@ class DeviceState:
         types: dict[str, Any] = dict(vocab=config.tgt_vocab_size, pad=config.pad, eos=config.eos, unk=config.unk)
         logits = step(self.buffers)
         statistics = token_statistics(logits, self.settings, **types)
-        beam_step_(logits, statistics, self.settings, self.limits, self.forced, steps=self.buffers.steps,
-                   complete=self.complete, scores=self.scores, idle=self.idle, ancestors=self.buffers.ancestors,
-                   record=self.record, x=self.buffers.x, embeddings=step.embeddings, positions=step.input_positions,
-                   scale=step.embed_scale, first_position=step.first_position, **types)
+        steps, ancestors, drawn = self.buffers.steps, self.buffers.ancestors, None
+        if self.kind.ngrams:
+            block_ngrams_(logits, statistics, self.settings, self.forced, steps, self.complete, ancestors, self.record,
+                          **types)
+        if self.uniforms is not None:
+            drawn = draw_tokens(logits, statistics, self.settings, self.forced, steps, self.complete, self.uniforms,
+                                **types)
+        beam_step_(logits, statistics, self.settings, self.limits, self.forced, drawn=drawn, steps=steps,
+                   complete=self.complete, scores=self.scores, idle=self.idle, overlap=self.overlap,
+                   ancestors=ancestors, record=self.record, x=self.buffers.x, embeddings=step.embeddings,
+                   positions=step.input_positions, scale=step.embed_scale, first_position=step.first_position,
+                   siblings=self.kind.siblings, **types)
 
 
 def forced_tokens(prefix: Array | None, limit: int, steps: int, pad: int, eos: int) -> Array:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightseq_fairseq.generator.device_state import (
     DeviceState,
+    Kind,
     Snapshot,
     Table,
     captured,
@@ -94,16 +95,19 @@ class Refill:
     """Slots, and the sentences that wait for one."""
 
     @torch.no_grad()
-    def __init__(self, encoder: Callable[[Tensor, Packing], Tensor], step: DecodeStep, slots: Slots) -> None:
-        self.encoder, self.step, self.slots = encoder, step, slots
+    def __init__(self, encoder: Callable[[Tensor, Packing], Tensor], step: DecodeStep, slots: Slots,
+                 kind: Kind) -> None:
+        self.encoder, self.step, self.slots, self.kind = encoder, step, slots, kind
+        self.draws: torch.Generator | None = None
+        """Of samples, drawn when a sentence is let in; None takes torch's own random state."""
         device, on_gpu = step.device, step.device.type == "cuda"
         batch = slots.count + 1  # the last one takes what fills up an admission, and is always finished
-        shapes = DeviceState.shapes(batch, slots.beam, slots.steps)
+        shapes = DeviceState.shapes(batch, slots.beam, slots.steps, kind)
         progress = torch.zeros(2, batch, dtype=torch.int32, device=device)
         tensors = {name: torch.zeros(shape, dtype=torch.int32, device=device) for name, shape in shapes.items()}
         tensors |= {"steps": progress[0], "complete": progress[1]}
         bounds = torch.zeros(batch, 2, dtype=torch.int32, device=device)
-        self.state = DeviceState.of(step, tensors, slots.pages * slots.page, bounds)
+        self.state = DeviceState.of(step, kind, tensors, slots.pages * slots.page, bounds)
         self.state.complete.fill_(slots.beam)
         self.state.settings.fill_(1.0)
         self.admission = Table(torch.int32, device, slots=(batch,), bounds=(batch, 2), **shapes)
@@ -169,6 +173,8 @@ class Refill:
             return f"{limit + 1} target tokens exceed the {slots.steps} of a slot"
         if beam > slots.beam:
             return f"{beam} beams exceed the {slots.beam} of a slot"
+        if not self.kind.covers(Kind.of(options)):
+            return f"slots that search by {self.kind} do not search by {Kind.of(options)}"
         return None
 
     def submit(self, src_tokens: Tensor | Sequence[int], options: GenerationOptions, limit: int,
@@ -301,6 +307,10 @@ class Refill:
         if self.uploaded is not None:
             self.uploaded.record()
         self.scatter()
+        uniforms = self.state.uniforms
+        if uniforms is not None:
+            drawn = torch.rand(uniforms.shape, generator=self.draws, device=uniforms.device)
+            uniforms.index_copy_(0, self.admission.tensors["slots"].long(), drawn)
 
     def _scatter(self) -> None:
         """What was uploaded, to its slots; their beams are fed the first token."""

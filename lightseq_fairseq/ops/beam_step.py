@@ -161,7 +161,7 @@ def _best(table: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _less_by_rank(table: Tensor, count: int, rate: float) -> Tensor:
     """The ``count`` best of each row, less what they lose by their rank; the rest is out."""
-    places = table.sort(1, descending=True, stable=True)[1][:, :count]
+    places = table.sort(dim=1, descending=True, stable=True)[1][:, :count]
     kept = table.gather(1, places) - rate * torch.arange(1, count + 1, device=table.device)
     return torch.full_like(table, -torch.inf).scatter_(1, places, kept)
 

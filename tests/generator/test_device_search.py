@@ -32,7 +32,7 @@ MODELS = {
 def raw_weights(monkeypatch):
     """On the CPU weights would be kept in oneDNN's layout, which the operators of the device do not read."""
     monkeypatch.setattr("lightseq_fairseq.ops.linear._PREPACKED", None)
-    monkeypatch.setattr(CompiledDecoder, "serves", lambda decoder: False)
+    monkeypatch.setattr(CompiledDecoder, "serves", lambda *arguments: False)
 
 
 def sentences(count, seed=4):
@@ -92,6 +92,59 @@ def test_prefixes(beam, prefix, device):
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, max_lens=[2, 9, 3])
 
 
+@pytest.mark.parametrize("options", [
+    dict(diversity_rate=0.7), dict(diversity_rate=3.0, unkpen=-4.0, min_len=5), dict(diverse_beam_groups=2),
+    dict(diverse_beam_groups=4, diverse_beam_strength=2.0, unkpen=-4.0), dict(diverse_beam_groups=1),
+    dict(diverse_beam_groups=2, diverse_beam_strength=0.1, min_len=4, temperature=0.5), dict(no_repeat_ngram_size=1),
+    dict(no_repeat_ngram_size=2), dict(no_repeat_ngram_size=3, unkpen=-4.0), dict(no_repeat_ngram_size=40),
+    dict(no_repeat_ngram_size=2, diverse_beam_groups=2), dict(no_repeat_ngram_size=2, diversity_rate=0.5),
+], ids=str)
+def test_other_searches(options, device):
+    model = Transformer(random_model(seed=3), device)
+    compare(model, sentences(7), beam=4, **options)
+    compare(model, sentences(3), torch.tensor([[7, 1], [8, 9], [5, 2]]), beam=4, **options)
+
+
+class Uniforms:
+    """In place of torch.rand: the device asks for those of all steps at once, the other search for a step's."""
+
+    def __init__(self):
+        self.table, self.step = None, 0
+
+    def __call__(self, *shape, generator=None, device=None):
+        if self.table is None:
+            self.table = torch.empty(*shape).uniform_(generator=torch.Generator().manual_seed(7))
+            return self.table.to(device)
+        self.step += 1
+        return self.table[:shape[0], self.step - 1, :shape[1]].to(device)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(temperature=0.3), dict(temperature=2.0, unkpen=-3.0), dict(sampling_topk=1), dict(sampling_topk=3),
+    dict(sampling_topk=400), dict(sampling_topp=0.3), dict(sampling_topp=0.9, unkpen=2.0), dict(sampling_topp=1.0),
+    dict(min_len=6, no_repeat_ngram_size=1, sampling_topk=5), dict(no_repeat_ngram_size=2, temperature=0.5),
+], ids=str)
+@pytest.mark.parametrize("beam", [1, 5])
+def test_samples_of_the_same_uniforms_are_the_same(beam, options, device, monkeypatch):
+    monkeypatch.setattr("lightseq_fairseq.generator.beam_search._WORTH_LEAVING", 0)
+    model = Transformer(random_model(seed=3, tgt_vocab_size=131), device)
+    monkeypatch.setattr(torch, "rand", Uniforms())
+    compare(model, sentences(6), beam=beam, sampling=True, **options)
+    monkeypatch.setattr(torch, "rand", Uniforms())
+    compare(model, sentences(3), torch.tensor([[7, 1], [8, 9], [5, 2]]), beam=beam, sampling=True, **options)
+
+
+def test_a_seed_repeats_the_draws(device):
+    search, src = DeviceSearch(Transformer(random_model(), device)), sentences(5)
+    found = [search.decode(src, GenerationOptions(beam=3, nbest=3, sampling=True, seed=seed), None, [9] * 5)
+             for seed in (1, 1, 2)]
+    words = [[[h.tokens.tolist() for h in hypotheses] for hypotheses in kind] for kind in found]
+    assert words[0] == words[1] != words[2]
+    generator = torch.Generator(device).manual_seed(1)
+    again = search.decode(src, GenerationOptions(beam=3, nbest=3, sampling=True, seed=5), None, [9] * 5, generator)
+    assert_same(again, found[0])
+
+
 def test_limits_of_each_sentence(device):
     found = compare(Transformer(random_model(), device), sentences(4), beam=3, max_lens=[3, 1, 12, 7])
     assert [max(len(h.tokens) for h in hypotheses) <= limit + 1
@@ -132,8 +185,7 @@ def test_memory_is_bounded(device):
 
 
 @pytest.mark.parametrize("options", [
-    dict(sampling=True), dict(diverse_beam_groups=2), dict(diversity_rate=0.5), dict(match_source_len=True),
-    dict(no_repeat_ngram_size=2), dict(return_attention=True), dict(return_alignment=True), dict(beam=17),
+    dict(match_source_len=True), dict(return_attention=True), dict(return_alignment=True), dict(beam=17),
     dict(constraints="ordered"),
 ], ids=str)
 def test_what_is_not_taken(options, device):

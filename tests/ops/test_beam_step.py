@@ -36,16 +36,17 @@ def state(batch, beam, steps, vocab, step, device, seed=0, width=16):
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def run(given, vocab):
+def run(given, vocab, **search):
     """One step in place; returns the row of the record that it wrote."""
     types = dict(vocab=vocab, pad=PAD, eos=EOS, unk=UNK)
     step = int(given["steps"].max())
     for name in ("x", "embeddings", "positions"):
         given[name] = given[name].to(given["logits"].dtype)
     statistics = ops.token_statistics(given["logits"], given["settings"], **types)
-    rest = {name: given[name] for name in MUTATED}
+    rest = {name: given[name] for name in (*MUTATED, "overlap", "drawn") if name in given}
     ops.beam_step_(given["logits"], statistics, given["settings"], given["limits"], given["forced"], **rest,
-                   embeddings=given["embeddings"], positions=given["positions"], scale=3.0, first_position=2, **types)
+                   embeddings=given["embeddings"], positions=given["positions"], scale=3.0, first_position=2, **types,
+                   **search)
     return given["record"][step]
 
 
@@ -53,14 +54,16 @@ def as_floats(column):
     return column.contiguous().view(torch.float32)
 
 
-def compare(given, vocab):
+def compare(given, vocab, **search):
     """The compiled operator and the reference leave the same."""
     given["logits"] = given["logits"].contiguous()
     other = {name: tensor.cpu().clone() for name, tensor in given.items()}
     step = int(given["steps"].max())
-    run(given, vocab)
-    run(other, vocab)
-    for name in MUTATED:
+    run(given, vocab, **search)
+    run(other, vocab, **search)
+    for name in (*MUTATED, "overlap"):
+        if name not in given:
+            continue
         mine, want = given[name].cpu(), other[name]
         if name == "scores":
             torch.testing.assert_close(mine, want, **tolerances.SCORE)
@@ -227,6 +230,71 @@ def test_a_search_of_many_steps(device):
     assert torch.equal(given["ancestors"].cpu(), other["ancestors"])
     assert torch.equal(given["record"][..., [0, 2, 3, 4]].cpu(), other["record"][..., [0, 2, 3, 4]])
     assert given["steps"].tolist() == other["steps"].tolist()
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize("beam", [1, 2, 5, 16])
+@pytest.mark.parametrize("vocab", [43, 1000, 5000])
+def test_siblings(vocab, beam, step, device):
+    for rate in (0.0, 0.3, 2.0):
+        given = state(4, beam, 12, vocab, step, device, seed=vocab + beam)
+        given["settings"] = settings(4, beam, diversity_rate=rate, unkpen=-3.0).to(device)
+        given["forced"][1, step], given["limits"][2] = 7, step
+        compare(given, vocab, siblings=True)
+
+
+@pytest.mark.parametrize("step", [0, 1, 7])
+@pytest.mark.parametrize(("beam", "groups"), [(1, 1), (4, 2), (6, 3), (6, 2), (16, 4), (15, 15)])
+@pytest.mark.parametrize("vocab", [43, 1000, 5000])
+def test_groups(vocab, beam, groups, step, device):
+    for strength in (0.0, 0.5, 3.0):
+        given = state(4, beam, 12, vocab, step, device, seed=vocab + beam)
+        given["settings"] = settings(4, beam, diverse_beam_strength=strength, unkpen=-3.0).to(device)
+        given["overlap"] = torch.randint(3, (4, groups, groups), dtype=torch.int32).to(device) * (step > 0)
+        given["forced"][1, step], given["limits"][2] = 7, step
+        given["idle"][3] = (1 << beam - 1 if step else 0)
+        compare(given, vocab)
+
+
+def test_groups_done_by_hand(device):
+    """Two groups of one beam; the second pays 1 + 2 times the strength for the type that the first has chosen."""
+    given = state(1, 2, 9, 8, 3, device)
+    logits = torch.full((2, 64), -torch.inf)
+    logits[:, [4, 5]] = torch.tensor([0.6, 0.4]).log()
+    given["logits"], given["scores"] = logits.to(device), torch.tensor([[-1.0, -0.5]], device=device)
+    given["settings"] = settings(1, 2, diverse_beam_strength=0.1).to(device)
+    given["overlap"] = torch.full((1, 2, 2), 2, dtype=torch.int32, device=device)
+    record = run(given, 8)[0]
+    assert record[:, 3].tolist() == [4, 4] and record[:, 4].tolist() == [0, 1]
+    low = torch.tensor(0.6).log().item()
+    assert as_floats(record[:, 5]).tolist() == pytest.approx([-1 + low, -0.5 + low - 0.3])
+    given["settings"], given["steps"] = settings(1, 2, diverse_beam_strength=0.2).to(device), given["steps"] - 1
+    given["scores"] = torch.tensor([[-1.0, -0.5]], device=device)
+    assert run(given, 8)[0, :, 3].tolist() == [4, 5], "0.8 is more than log(0.6 / 0.4)"
+    assert given["overlap"].tolist() == [[[4, 3], [3, 4]]]
+
+
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("beam", [1, 5, 16])
+def test_what_was_drawn(beam, step, device):
+    given = state(5, beam, 12, 90, step, device)
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randint(2, 6, (5 * beam,), generator=draw, dtype=torch.int32)  # many are eos
+    scores = -torch.rand(5 * beam, generator=draw)
+    given["drawn"] = torch.stack((tokens, scores.view(torch.int32)), 1).to(device)
+    given["idle"] = torch.randint(1 << beam, (5,), generator=draw, dtype=torch.int32).to(device) * (step > 0)
+    given["forced"][0, step], given["limits"][1], given["complete"][2] = EOS, step, beam
+    compare(given, 90)
+
+
+def test_idle_beams_end_nothing(device):
+    given = state(1, 4, 12, 90, 4, device)
+    tokens = torch.tensor([7, EOS, EOS, 8], dtype=torch.int32)
+    given["drawn"] = torch.stack((tokens, torch.zeros(4).view(torch.int32)), 1).to(device)
+    given["idle"][0] = 0b0100
+    record = run(given, 90)[0]
+    assert record[:, 0].tolist() == [0, 1, 0, 0] and record[:, 3].tolist() == [7, 8, EOS, EOS]
+    assert given["idle"].tolist() == [0b1100] and given["complete"].tolist() == [1]
 
 
 def test_what_does_not_fit_is_named(device):
