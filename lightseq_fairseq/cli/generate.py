@@ -6,6 +6,8 @@ replaced: how ``--path`` is loaded (model files, or checkpoints through the expo
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import sys
 import time
@@ -28,6 +30,9 @@ from lightseq_fairseq.model_file import ModelFile, ModelFileError
 _SAME_NAME = ("beam", "lenpen", "min_len", "max_len_a", "max_len_b", "match_source_len", "unkpen", "temperature",
               "no_repeat_ngram_size", "sampling", "diverse_beam_strength")
 """Fields of GenerationOptions that fairseq's GenerationConfig calls the same."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+"""Choices of --dtype."""
 
 _ZERO_FOR_NONE = ("sampling_topk", "sampling_topp", "diverse_beam_groups", "diversity_rate")
 """Fields that are 0 where fairseq has -1."""
@@ -58,7 +63,7 @@ def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lam
     fairseq_compat.apply()
     substitute = Substitute(stock.main, refused)
     try:
-        with mock.patch.object(stock, "main", substitute):  # what cli_main calls once it has read the arguments
+        with _own_options(), mock.patch.object(stock, "main", substitute):  # which cli_main calls with the arguments
             stock.cli_main()
     except Exception as error:
         in_arguments = isinstance(error, ValueError) and not substitute.called
@@ -71,10 +76,37 @@ def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lam
     return 0
 
 
+@contextlib.contextmanager
+def _own_options() -> Iterator[None]:
+    """fairseq's parser of generation, with what only we have."""
+    from fairseq import options
+
+    stock = options.get_generation_parser
+
+    def get_generation_parser(*args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        parser = stock(*args, **kwargs)
+        group = parser.add_argument_group("lightseq")
+        group.add_argument("--dtype", choices=sorted(DTYPES),
+                           help="type of weights and arithmetic: fp16 and bf16 are --fp16 and --bf16; int8, on "
+                                "the CPU, multiplies in 8 bits what is worth it")
+        return parser
+
+    with mock.patch.object(options, "get_generation_parser", get_generation_parser):
+        yield
+
+
 def _is_for_the_user(error: Exception) -> bool:
     """Our own, a missing file, or what fairseq says about arguments and data, by assertions and bare exceptions."""
     ours = (GenerationError, ModelFileError, ConfigError, FileNotFoundError, AssertionError)
     return str(error) != "" and (isinstance(error, ours) or type(error) is Exception)
+
+
+def _dtype(name: str | None, fp16: bool, bf16: bool) -> torch.dtype:
+    """What --dtype, --fp16 and --bf16 ask for together; GenerationError where they contradict one another."""
+    asked = {*([name] if name else []), *(["fp16"] if fp16 else []), *(["bf16"] if bf16 else [])}
+    if len(asked) > 1:
+        raise GenerationError(f"{' and '.join(sorted(asked))} were all asked for by --dtype, --fp16, --bf16: give one")
+    return DTYPES[asked.pop()] if asked else torch.float32
 
 
 class Substitute:
@@ -94,6 +126,7 @@ class Substitute:
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         self.called = True
+        self.dtype = _dtype(getattr(cfg, "dtype", None), getattr(cfg, "fp16", False), getattr(cfg, "bf16", False))
         self.cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
         if self.cfg.generation.replace_unk == "@@ ":  # the option without a value; fairseq would open that file
             self.cfg.generation.replace_unk = ""
@@ -126,9 +159,8 @@ class Substitute:
 
     def _build_generator(self, models: Sequence[LoadedModel], *unused: Any, **also_unused: Any) -> Search:
         """In place of the task's build_generator."""
-        common, args = self.cfg.common, self.cfg.generation
-        dtype = torch.float16 if common.fp16 else torch.bfloat16 if common.bf16 else torch.float32
-        device = "cuda" if torch.cuda.is_available() and not common.cpu else "cpu"
+        args, dtype = self.cfg.generation, self.dtype
+        device = "cuda" if torch.cuda.is_available() and not self.cfg.common.cpu else "cpu"
         files, soft = [model.file for model in models], args.print_alignment == "soft"
         self.search = (ReferenceScores(Scorer(files, device, dtype), self.options, soft) if args.score_reference
                        else Search(Generator(files, device, dtype), self.options, soft))

@@ -17,6 +17,7 @@ from lightseq_fairseq.layers.embedding import token_embedding
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
 from lightseq_fairseq.model_file import ModelFile
+from lightseq_fairseq.ops.linear import has_int8
 
 _ROWS = 1024
 """Tokens whose log-probabilities over the vocabulary exist at one time."""
@@ -27,13 +28,16 @@ class Transformer:
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
-        self.config, self.device, self.dtype = model.config, torch.device(device), dtype
-        encoder, decoder = load_layers(model, self.device, dtype)
+        self.config, self.device = model.config, torch.device(device)
+        self.dtype, int8 = arithmetic(dtype, self.device)
+        encoder, decoder = load_layers(model, self.device, self.dtype)
         assert encoder is not None and decoder is not None, model.config.stacks
         self.encoder: InferenceEncoder | CompiledEncoder
-        self.encoder = CompiledEncoder(encoder) if CompiledEncoder.serves(encoder) else InferenceEncoder(encoder)
+        self.encoder = (CompiledEncoder(encoder) if CompiledEncoder.serves(encoder, int8)
+                        else InferenceEncoder(encoder, int8))
         self.decoder: IncrementalDecoder | CompiledDecoder
-        self.decoder = CompiledDecoder(decoder) if CompiledDecoder.serves(decoder) else IncrementalDecoder(decoder)
+        self.decoder = (CompiledDecoder(decoder) if CompiledDecoder.serves(decoder, int8)
+                        else IncrementalDecoder(decoder, int8))
         for stack in (encoder, decoder):  # fused copies have taken their place
             stack.layers = torch.nn.ModuleList()
 
@@ -96,10 +100,11 @@ class LanguageModel:
 
     def __init__(self, model: ModelFile, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32) -> None:
-        self.config, self.device, self.dtype = model.config, torch.device(device), dtype
-        decoder = load_layers(model, self.device, dtype)[1]
+        self.config, self.device = model.config, torch.device(device)
+        self.dtype, int8 = arithmetic(dtype, self.device)
+        decoder = load_layers(model, self.device, self.dtype)[1]
         assert decoder is not None, model.config.stacks
-        self.decoder = IncrementalDecoder(decoder)
+        self.decoder = IncrementalDecoder(decoder, int8)
         self.encoder = ContextReader(self.decoder)
         decoder.layers = torch.nn.ModuleList()  # fused copies have taken their place
 
@@ -143,6 +148,17 @@ def load_model(model: ModelFile, device: torch.device | str, dtype: torch.dtype)
     if not model.config.has_decoder:
         raise GenerationError("an encoder alone generates nothing; lightseq_fairseq.inference.Bert gives its outputs")
     return Transformer(model, device, dtype) if model.config.has_encoder else LanguageModel(model, device, dtype)
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The type of weights and states that a generator's ``dtype`` means, and whether linear maps are of 8 bits."""
+    if dtype != torch.int8:
+        return dtype, False
+    if device.type != "cpu":
+        raise GenerationError("8-bit weights are for the CPU; on a GPU use float16 or bfloat16")
+    if not has_int8():
+        raise GenerationError(f"torch {torch.__version__} as built here lacks oneDNN's 8-bit operators; use float32")
+    return torch.float32, True
 
 
 def load_layers(model: ModelFile, device: torch.device,

@@ -31,6 +31,8 @@ class Scorer:
         if self.config.stacks != "encoder-decoder":
             raise GenerationError("only an encoder-decoder model scores translations; "
                                   "lightseq_fairseq.inference.Gpt.ppl scores texts")
+        if dtype == torch.int8:
+            raise GenerationError("8-bit weights are for generation; score references in float32")
         self.models = [(encoder, decoder) for encoder, decoder in
                        (load_layers(model, self.device, dtype) for model in models)
                        if encoder is not None and decoder is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightseq_fairseq.generator.device_state import Table, captured
 from lightseq_fairseq.generator.hypotheses import Array
-from lightseq_fairseq.generator.model import load_layers
+from lightseq_fairseq.generator.model import arithmetic, load_layers
 from lightseq_fairseq.generator.options import GenerationError
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.compiled import CompiledEncoder
@@ -24,7 +24,7 @@ from lightseq_fairseq.layers.inference import InferenceEncoder
 from lightseq_fairseq.model_file import ModelFile
 from lightseq_fairseq.ops import InferenceLinear, _extension
 
-_MOST_GRAPHS = 64
+_MOST_GRAPHS = 32
 """Buckets remembered; the one that was used longest ago is forgotten."""
 _LEAST_TOKENS, _LEAST_WIDTH = 32, 32
 
@@ -47,11 +47,13 @@ class TextEncoder:
         if model.config.stacks != "encoder":
             raise GenerationError(f"expected an encoder alone, got stacks {model.config.stacks!r}; "
                                   "lightseq_fairseq.inference.Generator runs models that have a decoder")
-        self.config, self.dtype = model.config, dtype
+        self.config = model.config
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        encoder = load_layers(model, self.device, dtype)[0]
+        self.dtype, int8 = arithmetic(dtype, self.device)
+        encoder = load_layers(model, self.device, self.dtype)[0]
         assert encoder is not None
-        self.encoder = CompiledEncoder(encoder) if CompiledEncoder.serves(encoder) else InferenceEncoder(encoder)
+        self.encoder = (CompiledEncoder(encoder) if CompiledEncoder.serves(encoder, int8)
+                        else InferenceEncoder(encoder, int8))
         self.pooler = None if encoder.pooler is None else InferenceLinear(encoder.pooler.weight, encoder.pooler.bias,
                                                                           "tanh")
         encoder.layers = torch.nn.ModuleList()  # fused copies have taken their place

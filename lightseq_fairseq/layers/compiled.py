@@ -47,10 +47,11 @@ class CompiledEncoder:
                                    config.encoder_normalize_before, encoder.layer_norm is not None])
 
     @staticmethod
-    def serves(encoder: TransformerEncoder) -> bool:
-        """Whether the operator knows this kind of encoder, is there, and is the better way."""
+    def serves(encoder: TransformerEncoder, int8: bool = False) -> bool:
+        """Whether the operator knows this kind of encoder, is there, and is the better way, than 8 bits if allowed."""
         config = encoder.config
-        return _fits(encoder, config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads)
+        return _fits(encoder, config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads,
+                     int8)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, packing: Packing, token_types: Tensor | None = None) -> Tensor:
@@ -91,12 +92,12 @@ class CompiledDecoder:
             self.cross_kv is not None])
 
     @staticmethod
-    def serves(decoder: TransformerDecoder) -> bool:
-        """Whether the operator knows this kind of decoder, is there, and is the better way."""
+    def serves(decoder: TransformerDecoder, int8: bool = False) -> bool:
+        """Whether the operator knows this kind of decoder, is there, and is the better way, than 8 bits if allowed."""
         config = decoder.config
         return (not config.cross_self_attention and decoder.project_in_dim is None and decoder.project_out_dim is None
                 and _fits(decoder, config.decoder_embed_dim, config.decoder_ffn_embed_dim,
-                          config.decoder_attention_heads))
+                          config.decoder_attention_heads, int8))
 
     def start(self, source: Tensor | None, packing: Packing | None, batch: int, beam: int) -> CompiledState:
         """The state before the first token of ``batch`` sentences; ``source`` (M, K) is the encoder's packed output."""
@@ -150,12 +151,12 @@ def _feed_forward(layer: TransformerEncoderLayer | TransformerDecoderLayer) -> l
             *pack_linear(layer.fc2.weight, layer.fc2.bias)]
 
 
-def _fits(stack: TransformerEncoder | TransformerDecoder, width: int, inner: int, heads: int) -> bool:
+def _fits(stack: TransformerEncoder | TransformerDecoder, width: int, inner: int, heads: int, int8: bool) -> bool:
     """Whether the operators know this stack's kind and sizes, are there, and are the better way."""
     weight = stack.embed_tokens.weight
     return (weight.device.type == "cpu" and weight.dtype == torch.float32 and stack.config.activation_fn == "relu"
             and width % 16 == inner % 16 == width // heads % 16 == 0 and len(stack.layers) > 0
-            and (torch.get_num_threads() <= _FEW_THREADS
+            and ((torch.get_num_threads() <= _FEW_THREADS and not int8)
                  or 4 * sum(parameter.numel() for parameter in stack.parameters()) <= _MOST_BYTES)
             and compiled_operators() is not None)
 

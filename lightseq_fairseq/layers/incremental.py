@@ -29,12 +29,13 @@ _FIRST_CAPACITY = 32
 class _DecoderLayer(InferenceLayer):
     """One decoder layer with q, k, v as one GEMM and bias and activation inside the GEMMs."""
 
-    def __init__(self, layer: TransformerDecoderLayer) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: TransformerDecoderLayer, int8: bool = False) -> None:
+        super().__init__(layer, int8)
         self.cross_q: InferenceLinear | None = None
         if layer.encoder_attn is not None and layer.encoder_attn_layer_norm is not None:
-            self.cross_q = InferenceLinear(*scaled_query(layer.encoder_attn))
-            self.cross_out = InferenceLinear(layer.encoder_attn.out_proj.weight, layer.encoder_attn.out_proj.bias)
+            self.cross_q = InferenceLinear(*scaled_query(layer.encoder_attn), int8=int8)
+            out = layer.encoder_attn.out_proj
+            self.cross_out = InferenceLinear(out.weight, out.bias, int8=int8)
             self.cross_norm = InferenceNorm(layer.encoder_attn_layer_norm)
 
     def step(self, x: Tensor, state: IncrementalState, index: int) -> Tensor:
@@ -69,21 +70,22 @@ class IncrementalDecoder:
     """``decoder`` as it is now, ready to go token by token; later changes of its weights are not seen."""
 
     @torch.no_grad()
-    def __init__(self, decoder: TransformerDecoder) -> None:
+    def __init__(self, decoder: TransformerDecoder, int8: bool = False) -> None:
+        """``int8``: see :class:`InferenceLinear`."""
         self.config = decoder.config
         layers: list[TransformerDecoderLayer] = list(decoder.layers)  # type: ignore[arg-type]
-        self.layers = [_DecoderLayer(layer) for layer in layers]
+        self.layers = [_DecoderLayer(layer, int8) for layer in layers]
         self.decoder = decoder
         cross = [layer.encoder_attn for layer in layers if layer.encoder_attn is not None]
         self.cross_kv = InferenceLinear(
             torch.cat([p.weight for a in cross for p in (a.k_proj, a.v_proj)]),
-            torch.cat([p.bias for a in cross for p in (a.k_proj, a.v_proj)])) if cross else None
+            torch.cat([p.bias for a in cross for p in (a.k_proj, a.v_proj)]), int8=int8) if cross else None
         self.prefix_kv = InferenceLinear(
             torch.cat([p.weight for layer in layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]),
             torch.cat([p.bias for layer in layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]),
-        ) if self.config.cross_self_attention else None
+            int8=int8) if self.config.cross_self_attention else None
         projection = decoder.output_projection
-        self.output = InferenceLinear(projection.weight, projection.bias)
+        self.output = InferenceLinear(projection.weight, projection.bias, int8=int8)
         self.last_norm = None if decoder.layer_norm is None else InferenceNorm(decoder.layer_norm)
         weight = decoder.embed_tokens.weight
         self.embeddings = weight if decoder.embed_scale == 1.0 else weight * decoder.embed_scale

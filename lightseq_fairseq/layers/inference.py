@@ -38,24 +38,26 @@ def scaled_query(attention: MultiheadAttention) -> tuple[Tensor, Tensor]:
     return attention.q_proj.weight * scale, attention.q_proj.bias * scale
 
 
-def fused_qkv(attention: MultiheadAttention) -> InferenceLinear:
+def fused_qkv(attention: MultiheadAttention, int8: bool = False) -> InferenceLinear:
     """(N, C) -> (N, 3C): scaled q, k, v of self-attention."""
     q, q_bias = scaled_query(attention)
     return InferenceLinear(torch.cat((q, attention.k_proj.weight, attention.v_proj.weight)),
-                           torch.cat((q_bias, attention.k_proj.bias, attention.v_proj.bias)))
+                           torch.cat((q_bias, attention.k_proj.bias, attention.v_proj.bias)), int8=int8)
 
 
 class InferenceLayer:
     """The self-attention and the feed-forward of an encoder's or a decoder's layer."""
 
-    def __init__(self, layer: TransformerEncoderLayer | TransformerDecoderLayer) -> None:
+    def __init__(self, layer: TransformerEncoderLayer | TransformerDecoderLayer, int8: bool = False) -> None:
+        """``int8``: see :class:`InferenceLinear`."""
         attention = layer.self_attn
         self.heads, self.head_dim, self.width = attention.num_heads, attention.head_dim, attention.embed_dim
         self.normalize_before = layer.normalize_before
-        self.qkv, self.out = fused_qkv(attention), InferenceLinear(attention.out_proj.weight, attention.out_proj.bias)
+        self.qkv = fused_qkv(attention, int8)
+        self.out = InferenceLinear(attention.out_proj.weight, attention.out_proj.bias, int8=int8)
         self.self_norm = InferenceNorm(layer.self_attn_layer_norm)
-        self.fc1 = InferenceLinear(layer.fc1.weight, layer.fc1.bias, layer.activation)
-        self.fc2 = InferenceLinear(layer.fc2.weight, layer.fc2.bias)
+        self.fc1 = InferenceLinear(layer.fc1.weight, layer.fc1.bias, layer.activation, int8)
+        self.fc2 = InferenceLinear(layer.fc2.weight, layer.fc2.bias, int8=int8)
         self.final_norm = InferenceNorm(layer.final_layer_norm)
 
     def read(self, x: Tensor, y: Tensor, packing: Packing, causal: bool,
@@ -75,7 +77,7 @@ class InferenceLayer:
 
 def _join(x: Tensor, linear: InferenceLinear, residual: Tensor, norm: InferenceNorm | None) -> tuple[Tensor, Tensor]:
     """``residual`` (N, C) plus ``linear`` of ``x`` (N, I); and its norm, (N, C) each."""
-    if linear.prepacked or linear.bias is None:
+    if linear.prepacked or linear.int8 is not None or linear.bias is None:
         total = linear.add(x, residual)
         return total, total if norm is None else norm(total)
     x = F.linear(x, linear.weight)
@@ -107,9 +109,10 @@ class InferenceEncoder:
     """``encoder`` as it is now; later changes of its weights are not seen."""
 
     @torch.no_grad()
-    def __init__(self, encoder: TransformerEncoder) -> None:
+    def __init__(self, encoder: TransformerEncoder, int8: bool = False) -> None:
+        """``int8``: see :class:`InferenceLinear`."""
         self.encoder = encoder
-        self.layers = [InferenceLayer(layer) for layer in encoder.layers]  # type: ignore[arg-type]
+        self.layers = [InferenceLayer(layer, int8) for layer in encoder.layers]  # type: ignore[arg-type]
         self.last_norm = None if encoder.layer_norm is None else InferenceNorm(encoder.layer_norm)
 
     @torch.no_grad()

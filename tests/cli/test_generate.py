@@ -185,6 +185,15 @@ def test_replacing_nothing_changes_nothing(raw_data, checkpoint):
     compare(raw_data, checkpoint, "--dataset-impl", "raw", "--unkpen", "100", "--replace-unk", "")
 
 
+def test_dtype_is_taken(data_bin, checkpoint):
+    """Names of what --fp16 asks for, too; the test's model is small enough for 8 bits to be no gain."""
+    exact = ours(data_bin, "--path", checkpoint, *ALL)
+    assert ours(data_bin, "--path", checkpoint, *ALL, "--dtype", "fp32") == exact
+    assert len(ours(data_bin, "--path", checkpoint, *ALL, "--dtype", "int8")) == len(exact)
+    status, _, errors = run_command(generate.main, data_bin, "--path", checkpoint, "--fp16", "--dtype", "bf16", *HERE)
+    assert status == 2 and "bf16 and fp16 were all asked for" in errors
+
+
 @pytest.mark.parametrize("flag", ["--fp16", "--bf16"])
 def test_half_precision_translates_alike(flag, data_bin, checkpoint):
     single, half = (by_sentence(ours(data_bin, "--path", checkpoint, *more)) for more in ((), (flag,)))

@@ -14,10 +14,11 @@ from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import TransformerDecoder, TransformerEncoder
-from lightseq_fairseq.layers.compiled import CompiledDecoder
+from lightseq_fairseq.layers.compiled import CompiledDecoder, CompiledEncoder
 from lightseq_fairseq.layers.embedding import token_embedding
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.model_file import ModelFile, ModelFileError
+from lightseq_fairseq.ops.linear import has_int8
 from tests import tolerances
 from tests.conftest import scramble
 
@@ -211,3 +212,26 @@ def test_lightseqs_class_says_what_is_wrong(tmp_path):
         lsi.Transformer(tmp_path / "m.pb", 8, beem=3)
     with pytest.raises(ModelFileError):
         lsi.Transformer(tmp_path / "absent.pb", 8)
+
+
+@pytest.mark.skipif(not has_int8(), reason="this build of torch lacks oneDNN's 8-bit operators")
+def test_8_bits_translate_alike(ids, monkeypatch):
+    """Scores of the same tokens, not of what each would choose; without compiled operators, which stay fp32."""
+    for stack in (CompiledDecoder, CompiledEncoder):
+        monkeypatch.setattr(stack, "serves", staticmethod(lambda *_: False))
+    model = random_model()
+    exact, rough = Generator([model], "cpu"), Generator([model], "cpu", torch.int8)
+    assert rough.models[0].decoder.output.int8 is not None and exact.models[0].decoder.output.int8 is None
+    sources = [torch.tensor(sentence) for sentence in ids]
+    found = exact.generate(sources, dataclasses.replace(OPTIONS, nbest=1))
+    prefixes = torch.full((len(ids), max(len(h[0].tokens) for h in found)), 1)
+    for row, hypotheses in enumerate(found):
+        prefixes[row, :len(hypotheses[0].tokens)] = hypotheses[0].tokens
+    for mine, theirs in zip(rough.generate(sources, OPTIONS, prefixes), found, strict=True):
+        assert mine[0].tokens.tolist() == theirs[0].tokens.tolist()
+        torch.testing.assert_close(mine[0].positional_scores, theirs[0].positional_scores, rtol=0.1, atol=0.3)
+
+
+def test_8_bits_are_for_the_cpu():
+    with pytest.raises(GenerationError, match="8-bit weights are for the CPU; on a GPU use float16"):
+        Generator([random_model()], "cuda", torch.int8)

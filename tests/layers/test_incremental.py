@@ -12,6 +12,7 @@ from lightseq_fairseq.layers import Packing, TransformerDecoder, TransformerEnco
 from lightseq_fairseq.layers.embedding import token_embedding
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
+from lightseq_fairseq.ops.linear import has_int8
 from tests import tolerances
 from tests.conftest import scramble
 
@@ -117,3 +118,20 @@ def test_sinusoidal_positions_have_no_limit():
     encoder, _ = build("post-LN")
     tokens = torch.randint(4, 31, (2500,))
     assert encoder.encode(tokens, Packing.of_lengths([2500])).isfinite().all()
+
+
+@pytest.mark.skipif(not has_int8(), reason="this build of torch lacks oneDNN's 8-bit operators")
+@pytest.mark.parametrize("name", ["post-LN", "pre-LN", "cross+self", "projections"])
+def test_8_bits_change_little(name):
+    """Each GEMM adds a hundredth or so; a wrong scale, or a bias twice, would be of another order."""
+    encoder, decoder = build(name)
+    tokens, packing = sources(encoder.config)
+    histories = torch.randint(4, 37, (5, len(LENGTHS), 1))
+    logits = {}
+    for int8 in (False, True):
+        source = InferenceEncoder(encoder, int8)(tokens, packing)
+        incremental = IncrementalDecoder(decoder, int8)
+        state = incremental.start(source, packing, len(LENGTHS), 1)
+        logits[int8] = torch.stack([incremental.next_logits(state, step) for step in histories])
+    difference = (logits[True] - logits[False]).norm() / logits[False].norm()
+    assert 1e-5 < difference < 0.05

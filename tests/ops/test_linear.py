@@ -1,0 +1,59 @@
+"""InferenceLinear in 8 bits: close to what it stands for, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
+from lightseq_fairseq.ops.linear import InferenceLinear, has_int8
+
+pytestmark = pytest.mark.skipif(not has_int8(), reason="this build of torch lacks oneDNN's 8-bit operators")
+SIZES = [(1, 16, 16), (3, 37, 53), (5, 512, 129), (67, 96, 64)]
+
+
+def operands(rows: int, inner: int, outer: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(rows)
+    scale = torch.logspace(-3, 2, rows)[:, None]  # rows of very different size
+    return torch.randn(rows, inner) * scale, torch.randn(outer, inner) * 0.1, torch.randn(outer)
+
+
+@pytest.mark.parametrize("rows, inner, outer", SIZES)
+@pytest.mark.parametrize("activation", ["linear", "relu", "gelu"])
+def test_each_row_is_within_the_error_of_8_bits(rows, inner, outer, activation):
+    """Half a step of x times all of |w|, and the other way round: the most that rounding can do."""
+    x, weight, bias = operands(rows, inner, outer)
+    got = InferenceLinear(weight, bias, activation, int8=True)(x)
+    exact = x.double() @ weight.double().t() + bias
+    want = ACTIVATION_FUNCTIONS[activation](exact)
+    x_step, w_step = x.abs().amax(1, keepdim=True).double() / 127, weight.abs().amax(1).double() / 127
+    most = x_step / 2 * weight.abs().sum(1) + w_step / 2 * x.abs().sum(1, keepdim=True) + x_step * w_step * inner / 4
+    assert got.dtype == torch.float32
+    assert ((got - want).abs() <= 1.2 * most + 1e-5).all()
+    if inner > 100 and activation == "linear":  # and on the whole far less
+        assert (got - exact).norm() < 0.02 * (exact - bias).norm()
+
+
+def test_rows_do_not_know_one_another():
+    x, weight, bias = operands(7, 64, 48)
+    linear = InferenceLinear(weight, bias, int8=True)
+    together = linear(x)
+    for row in range(7):
+        torch.testing.assert_close(linear(x[row:row + 1])[0], together[row], rtol=0, atol=0)
+
+
+def test_zeros_stay_zeros():
+    x, weight, bias = operands(4, 32, 24)
+    x[2] = 0
+    weight[5] = 0
+    got = InferenceLinear(weight, bias, int8=True)(x)
+    torch.testing.assert_close(got[2], bias)
+    torch.testing.assert_close(got[:, 5], bias[5].expand(4))
+
+
+def test_a_residual_is_added_and_a_bias_may_be_missing():
+    x, weight, bias = operands(6, 40, 72)
+    residual = torch.randn(6, 72)
+    for own in (bias, None):
+        linear = InferenceLinear(weight, own, int8=True)
+        torch.testing.assert_close(linear.add(x, residual), residual + linear(x))
