@@ -33,7 +33,7 @@ ROOMS = {
     "ops": Room("_build", "torch"),
     "optim": Room("ops", "torch"),
     "layers": Room("ops config", "torch"),
-    "training": Room("layers ops optim config", "torch"),
+    "training": Room("layers ops optim config", "torch", "export"),
     "fairseq_compat": Room("", "torch numpy", "fairseq omegaconf"),
     "plugin": Room("fairseq_compat layers ops optim config", "torch numpy fairseq omegaconf", "deepspeed"),
     "huggingface": Room("layers", "torch transformers"),

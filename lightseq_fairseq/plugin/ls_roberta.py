@@ -108,4 +108,5 @@ class LSRobertaModel(RobertaModel):
 
 
 for _architecture in ("roberta", "roberta_base", "roberta_large", "roberta_prenorm", "xlm"):
-    register_model_architecture("ls_roberta", f"ls_{_architecture}")(ARCH_CONFIG_REGISTRY[_architecture])
+    if _architecture in ARCH_CONFIG_REGISTRY:  # older versions lack some
+        register_model_architecture("ls_roberta", f"ls_{_architecture}")(ARCH_CONFIG_REGISTRY[_architecture])

@@ -193,7 +193,7 @@ def export_as_scripts_do(model, file, save_pb):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("suffix", [".pb", ".hdf5"])
-def test_exported_by_lightseqs_functions_it_generates_the_same(suffix, activation, tmp_path):
+def test_exported_by_lightseqs_functions_it_generates_the_same(suffix, activation, tmp_path, device):
     model, _ = trained(activation=activation, updates=120)
     path = tmp_path / f"model{suffix}"
     if suffix == ".pb":
@@ -204,7 +204,7 @@ def test_exported_by_lightseqs_functions_it_generates_the_same(suffix, activatio
         with h5py.File(path, "w") as file:
             export_as_scripts_do(model, file, False)
     source = torch.randint(6, V, (9, 6))
-    found, _ = Transformer(path, 4, max_len_b=8, min_len=0).infer(source.tolist())
+    found, _ = Transformer(path, 4, device, max_len_b=8, min_len=0).infer(source.tolist())
     own = greedy(model, source)
     assert len(set(map(tuple, own))) > 6
     for row, expected in zip(found[:, 0].tolist(), own, strict=True):
@@ -213,12 +213,12 @@ def test_exported_by_lightseqs_functions_it_generates_the_same(suffix, activatio
 
 @pytest.mark.parametrize("pre, activation", oracles.KINDS)
 @pytest.mark.parametrize("suffix", [".pb", ".hdf5"])
-def test_any_model_is_exported_by_ours(pre, activation, suffix, tmp_path):
+def test_any_model_is_exported_by_ours(pre, activation, suffix, tmp_path, device):
     model, _ = trained(pre=pre, activation=activation, updates=120)
     path = tmp_path / f"model{suffix}"
     save(from_ls_transformer(model.state_dict(), model.config, START, END), path)
     source = torch.randint(6, V, (9, 6))
-    generator = Generator([load(path)])
+    generator = Generator([load(path)], device)
     found = generator.infer(source.tolist(), GenerationOptions(beam=1, max_len_b=8, min_len=0))
     for hypotheses, expected in zip(found, greedy(model, source), strict=True):
         assert hypotheses[0].tokens.tolist()[:len(expected)] == expected
@@ -234,3 +234,11 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         from_ls_transformer(state, model.config, START, END)
     with pytest.raises(ValueError, match="tokens must be int64, got torch.int32"):
         model(*batch(torch.int32))
+
+
+def test_the_functions_are_where_lightseq_has_them():
+    from lightseq_fairseq import training
+
+    assert training.export_ls_config is export_ls_config and training.export_fs_weights is export_fs_weights
+    with pytest.raises(AttributeError, match="no attribute 'export_everything'"):
+        _ = training.export_everything
