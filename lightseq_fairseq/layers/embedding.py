@@ -21,8 +21,8 @@ def token_embedding(num_embeddings: int, embed_dim: int, pad: int) -> nn.Embeddi
     return embedding
 
 
-def sinusoidal_table(num_embeddings: int, embed_dim: int, pad: int) -> Tensor:
-    """(num_embeddings, embed_dim) fp32: sines in the first half, cosines in the second, row ``pad`` zero.
+def sinusoidal_table(num_embeddings: int, embed_dim: int, pad: int | None = None) -> Tensor:
+    """(num_embeddings, embed_dim) fp32: sines in the first half, cosines in the second, row ``pad`` zero if given.
 
     Frequencies 10000 ** (-i / (half - 1)), as tensor2tensor has them: a slight departure from Vaswani et al. 2017
     section 3.5. An odd width ends in a zero column.
@@ -33,7 +33,8 @@ def sinusoidal_table(num_embeddings: int, embed_dim: int, pad: int) -> Tensor:
     table = torch.cat((angles.sin(), angles.cos()), dim=1)
     if embed_dim % 2:
         table = torch.cat((table, torch.zeros(num_embeddings, 1)), dim=1)
-    table[pad] = 0
+    if pad is not None:
+        table[pad] = 0
     return table
 
 
@@ -77,7 +78,8 @@ class PositionalEmbedding(nn.Module):
         table, needed = self.table, self.offset + length
         if table is None or table.size(0) < needed or table.dtype != like.dtype or table.device != like.device:
             rows = self.initial_rows if needed <= self.initial_rows else 2 * needed
-            table = self.table = sinusoidal_table(rows, self.embed_dim, self.pad).to(like)
+            pad = self.pad if self.pad < self.offset else None  # else the row is a token's
+            table = self.table = sinusoidal_table(rows, self.embed_dim, pad).to(like)
         return table
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

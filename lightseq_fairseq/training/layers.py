@@ -312,7 +312,7 @@ class LSTransformerEmbeddingLayer(nn.Module):
         if config.trainable_pos:
             self.pos_embeddings = nn.Parameter(nn.init.normal_(torch.empty(rows, dim), mean=0, std=std))
         else:
-            self.register_buffer("pos_embeddings", sinusoidal_table(rows + 1, dim, pad=rows)[:rows], persistent=False)
+            self.register_buffer("pos_embeddings", sinusoidal_table(rows, dim), persistent=False)
         self.layer_norm = LayerNorm(dim) if config.layernorm_embedding else None
         for name, values in (("embeddings", initial_embeddings), ("pos_embeddings", initial_positions)):
             if values is not None:
