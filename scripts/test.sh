@@ -6,5 +6,5 @@ cd "$root"
 export OMP_WAIT_POLICY=passive  # several processes share the cores: threads that spin while they wait would starve them
 
 ruff check .
-mypy lightseq_fairseq/{config.py,model_file,export,generator,huggingface,inference.py}
+mypy lightseq_fairseq/{config.py,model_file,export,generator,huggingface,inference.py,ops/functional.py,training}
 exec python -m pytest "$@"

@@ -15,8 +15,8 @@ block, ``pre_layernorm`` and ``add_residual`` choose, as in EET:
 
 Prompts of unequal length are padded on the left: ``pre_padding_len`` (B,) integers count the columns of padding in
 front of each row. Padding is neither computed nor seen, and comes out as 0. Everything can be differentiated but what
-goes through a cache. Head sizes may be any up to 256 on CUDA; multiples of 8 are faster. ValueError names what does not
-fit.
+goes through a cache. Head sizes may be any up to 256 on CUDA; multiples of 8 are faster. On the CPU the scores of a
+whole prompt, (B, H, T, T), exist at one time. ValueError names what does not fit.
 """
 
 from __future__ import annotations
