@@ -448,6 +448,16 @@ def test_what_comes_inside_a_layer_later_is_not_passed_over(device, attentions, 
     assert attentions == []
 
 
+def test_torch_compile_takes_hugging_face_s_layers(device, attentions):
+    stock, ours = pair("BertModel", device, num_hidden_layers=2)
+    given = batch("BertModel", device)
+    compiled = torch.compile(ours, backend="eager")
+    assert_same_outputs(compiled(**given), stock(**given), given)
+    assert attentions == []
+    ours(**given)
+    assert len(attentions) == 2
+
+
 def test_a_forward_given_to_a_layer_is_called(device, attentions, lines):
     stock, ours = pair("BertModel", device)
     given, called = batch("BertModel", device), []
