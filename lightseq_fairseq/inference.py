@@ -31,7 +31,7 @@ from lightseq_fairseq.model_file import ModelFile
 __all__ = ["Bart", "Bert", "GenerationOptions", "Generator", "Gpt", "TextEncoder", "Transformer"]
 
 Ids = Sequence[Sequence[int]] | npt.NDArray[np.integer[Any]]
-Path_ = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 Model = TypeVar("Model", bound="_Model")
 
 
@@ -40,7 +40,7 @@ class _Model:
 
     STACKS = ""
 
-    def __init__(self, weight_path: Path_, max_batch_size: int, device: torch.device | str | None = None,
+    def __init__(self, weight_path: FilePath, max_batch_size: int, device: torch.device | str | None = None,
                  dtype: torch.dtype = torch.float32, **options: Any) -> None:
         """``weight_path`` is a model file. ``device`` is the first GPU where there is one; ``dtype`` float32, float16
         or bfloat16. ``options`` are fields of GenerationOptions, for models that generate.
@@ -51,7 +51,7 @@ class _Model:
         self._set_up(model_file.load(weight_path), max_batch_size, device, dtype, {}, options)
 
     @classmethod
-    def from_pretrained(cls: type[Model], path: Path_, max_batch_size: int = 128,
+    def from_pretrained(cls: type[Model], path: FilePath, max_batch_size: int = 128,
                         device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
                         **options: Any) -> Model:
         """``path`` is a folder as Hugging Face's ``save_pretrained`` writes it, or a model file; otherwise as the class

@@ -99,9 +99,10 @@ def test_bart(name, beam, early, saved, device):
     ids, mask = padded(rows, stock.config.pad_token_id)
     with torch.no_grad():
         expected = stock.generate(
-            ids, attention_mask=mask, num_beams=beam, do_sample=False, early_stopping=early and beam > 1, length_penalty=1.0,
-            max_new_tokens=10, forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0,
-            suppress_tokens=[stock.config.pad_token_id], decoder_start_token_id=bart.config.start)
+            ids, attention_mask=mask, num_beams=beam, do_sample=False, early_stopping=early and beam > 1,
+            length_penalty=1.0, max_new_tokens=10, forced_eos_token_id=None, forced_bos_token_id=None,
+            no_repeat_ngram_size=0, suppress_tokens=[stock.config.pad_token_id],
+            decoder_start_token_id=bart.config.start)
     for found, row in zip(tokens[:, 0].tolist(), expected[:, 1:].tolist(), strict=True):
         assert until_eos(found, eos) == until_eos(row, eos)
 

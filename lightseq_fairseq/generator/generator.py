@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from lightseq_fairseq.ops import _extension
 
 logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
-_MANY = 64
+MANY = 64
 """Sentences from which on they are decoded in slots, where they can be."""
 
 
@@ -96,12 +97,25 @@ class Generator:
         Returns the ``nbest`` hypotheses of each sentence, best first.
         """
         options = options or GenerationOptions()
-        plain = constraints is None and options.force_eos and options.early_stopping and not options.include_context
-        if self.device_search is not None and len(src_tokens) and plain:
+        known = self._device_options(options)
+        if self.device_search is not None and len(src_tokens) and constraints is None and known is not None:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
-            if self.device_search.takes(options, [len(sentence) for sentence in src_tokens], limits):
-                return self.device_search.decode(src_tokens, options, prefix_tokens, limits, draws)
+            if min(limits) > 0 and self.device_search.takes(known, [len(sentence) for sentence in src_tokens], limits):
+                found = self.device_search.decode(src_tokens, known, prefix_tokens, limits, draws)
+                if options.force_eos:
+                    return found
+                return [[_cut(h, limit, options) for h in hypotheses]
+                        for hypotheses, limit in zip(found, limits, strict=True)]
         return decode(self.models, src_tokens, options, prefix_tokens, max_lens, draws, constraints)
+
+    def _device_options(self, options: GenerationOptions) -> GenerationOptions | None:
+        """What the search on the device may be asked for to find what ``options`` ask for, None if nothing: its rules
+        are fairseq's, of which one beam only needs to lose the eos that was forced on it."""
+        if options.include_context or (options.no_repeat_ngram_size and not self.config.has_encoder):
+            return None
+        if options.force_eos and options.early_stopping:
+            return options
+        return replace(options, force_eos=True, early_stopping=True) if options.beam == 1 else None
 
     def infer(self, ids: Sequence[Sequence[int]], options: GenerationOptions | None = None,
               prefix_ids: Sequence[Sequence[int]] | None = None, max_tokens: int = 4096, max_sentences: int = 128,
@@ -123,7 +137,7 @@ class Generator:
         rest = list(range(len(ids)))
         seed = None if options is None else options.seed  # for all batches together: each would draw the same otherwise
         draws = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        if refill or (refill is None and len(ids) >= _MANY):
+        if refill or (refill is None and len(ids) >= MANY):
             served = self._infer_in_slots(ids, options or GenerationOptions(), prefix_ids, constraints, refill is True,
                                           results, progress, draws)
             rest = [index for index in rest if index not in served]
@@ -234,6 +248,15 @@ class Generator:
             if low < 0 or high >= vocab:
                 raise GenerationError(f"sentence {index} has a token id {low if low < 0 else high} outside of the "
                                       f"source vocabulary of {vocab}; is the model that of this dictionary?")
+
+
+def _cut(hypothesis: Hypothesis, limit: int, options: GenerationOptions) -> Hypothesis:
+    """``hypothesis`` without the eos that its limit, an index of a step, has put behind it."""
+    if len(hypothesis.tokens) <= limit:
+        return hypothesis
+    scores = hypothesis.positional_scores[:limit]
+    score = float(scores.sum()) / (limit**options.lenpen if options.normalize_scores else 1.0)
+    return replace(hypothesis, tokens=hypothesis.tokens[:limit], score=score, positional_scores=scores)
 
 
 def check_same_vocabulary(first: ModelFile, member: ModelFile) -> None:

@@ -54,6 +54,8 @@ class DecodeBuffers:
     """(B,) int32: of each sentence so far."""
     x: Tensor
     """(B * K, E): embeddings of the newest tokens, see ops/beam_step.py."""
+    first_rows: Tensor
+    """(B * K,) int64: row of the position table that belongs to the first step, where each text has its own."""
 
     @property
     def beam(self) -> int:
@@ -113,7 +115,7 @@ class DecodeStep:
             new_zeros(layers, 2, batch, layer.heads, steps_at_most * beam, layer.head_dim),
             new_zeros(layers, source_tokens, 2, layer.heads, layer.head_dim), cu_seqlens,
             new_zeros(batch, beam, steps_at_most, dtype=torch.uint8), steps,
-            new_zeros(batch * beam, self.config.input_dim))
+            new_zeros(batch * beam, self.config.input_dim), new_zeros(batch * beam, dtype=torch.int64))
 
     def start(self, source: Tensor, buffers: DecodeBuffers) -> None:
         """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input.
@@ -127,9 +129,11 @@ class DecodeStep:
         joint = joint.reshape(-1, len(self.layers), 2, heads, dim)
         buffers.source[:, :source.size(0)].copy_(joint.transpose(0, 1))
         if self.cross_kv is None:
-            last = (buffers.bounds[1].long() - 1).clamp(min=0)
-            newest = source[:, :width].index_select(0, last).unsqueeze(1)  # (B, 1, E)
+            begin, end = buffers.bounds
+            newest = source[:, :width].index_select(0, (end.long() - 1).clamp(min=0)).unsqueeze(1)  # (B, 1, E)
             buffers.x.view(-1, buffers.beam, width).copy_(newest.expand(-1, buffers.beam, -1))
+            rows = self.first_position + (end - begin - 1).clamp(min=0)
+            buffers.first_rows.view(-1, buffers.beam).copy_(rows.unsqueeze(1).expand(-1, buffers.beam))
             return
         first = self.embeddings[self.config.start].float() * self.embed_scale
         if self.input_positions is not None:
@@ -205,12 +209,10 @@ class DecodeStep:
         if self.decoder.project_in_dim is not None:
             x = self.decoder.project_in_dim(x)
         if self.positions is not None and self.input_positions is None:
-            position = buffers.steps
-            if not self.config.has_encoder:
-                first, end = buffers.bounds
-                position = (position + end - first - 1).clamp(min=0)
-            x = x + self.positions[self.first_position + position.repeat_interleave(
-                buffers.beam, output_size=x.size(0))]
+            steps = buffers.steps if buffers.beam == 1 else buffers.steps.repeat_interleave(buffers.beam,
+                                                                                            output_size=x.size(0))
+            rows = steps + (self.first_position if self.config.has_encoder else buffers.first_rows)
+            x = x + F.embedding(rows, self.positions)
         norm = self.decoder.layernorm_embedding
         return x if norm is None else norm(x)
 

@@ -82,3 +82,13 @@ def test_an_unknown_option_value(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main([str(checkpoint), "-o", str(tmp_path / "m.pb"), "--dtype", "int8"])
     assert error.value.code == 2 and "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+def test_a_folder_is_one_folder(checkpoint, tmp_path, capsys):
+    for arguments, message in (
+            ((tmp_path, tmp_path), "--from huggingface takes one folder, got 2"),
+            ((tmp_path, "--average", "-s", "en"), "--average, --source-lang cannot be given with --from huggingface"),
+            ((tmp_path / "absent",), "expected a folder with config.json and weights")):
+        status, _, err = run(capsys, "--from", "huggingface", *arguments, "-o", tmp_path / "m.pb")
+        assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "m.pb").exists()

@@ -92,3 +92,19 @@ def test_a_generator_uses_it_on_a_gpu(device):
         generator.reserve(Slots(4, 2, 32, 32))
     many = [text.tolist() for text in texts([3] * 200)]
     assert len(generator.infer(many, GenerationOptions(beam=1, max_len_b=3))) == 200, "no slots of its own"
+
+
+@pytest.mark.parametrize("options", [
+    dict(beam=1), dict(beam=1, lenpen=0.0, max_len_b=1), dict(beam=1, min_len=0, normalize_scores=False),
+    dict(beam=2), dict(beam=2, early_stopping=False), dict(beam=1, no_repeat_ngram_size=1),
+    dict(beam=1, include_context=True),
+], ids=str)
+def test_what_the_device_does_not_know_is_found_all_the_same(options, device):
+    """Hypotheses without eos at their limit, and texts whose tokens count."""
+    generator = Generator([random_model()], device)
+    contexts = texts([4, 7, 1, 9])
+    options = GenerationOptions(**{"max_len_b": 12, "force_eos": False, **options})
+    generator.device_search = DeviceSearch(generator.models[0])
+    assert_same(generator.generate(contexts, options), decode(generator.models, contexts, options))
+    served = options.beam == 1 and not options.no_repeat_ngram_size and not options.include_context
+    assert bool(generator.device_search.plans) == served
