@@ -139,16 +139,20 @@ def from_huggingface(folder: str | os.PathLike[str]) -> HuggingFaceModel:
 def copy_tokenizer(folder: str | os.PathLike[str], model_path: str | os.PathLike[str]) -> Path | None:
     """Copy the folder's tokenizer files into ``<model file without suffix>.tokenizer`` beside the model file.
 
-    ``transformers.AutoTokenizer.from_pretrained`` reads that folder. None if the folder has no such files.
+    ``transformers.AutoTokenizer.from_pretrained`` reads that folder. None if the folder has no such files. ExportError
+    where they cannot be copied.
     """
     found = [path for name in TOKENIZER_FILES if (path := Path(folder) / name).is_file()]
     if not found:
         return None
     target = Path(model_path).with_suffix(".tokenizer")
-    target.mkdir(exist_ok=True)
-    for path in [*found, Path(folder) / "config.json", Path(folder) / "generation_config.json"]:
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
+    try:
+        target.mkdir(exist_ok=True)
+        for path in [*found, Path(folder) / "config.json", Path(folder) / "generation_config.json"]:
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+    except OSError as error:
+        raise ExportError(f"{target}: tokenizer files cannot be copied there ({error.strerror or error})") from error
     return target
 
 
@@ -334,7 +338,8 @@ ROBERTAS = ("roberta", "camembert", "xlm-roberta")
 _NO_DECODER = (("is_decoder", False, "a BERT that decodes"), ("add_cross_attention", False, "cross-attention"),
                ("position_embedding_type", "absolute", "relative positions"))
 _NORMS = (("normalize_before", False, "pre-LN"), ("add_final_layer_norm", False, "a norm behind the last layer"),
-          ("static_position_embeddings", False, "sinusoidal positions"))
+          ("static_position_embeddings", False, "sinusoidal positions"),
+          ("normalize_embedding", True, "embeddings without a norm"))
 
 FAMILIES = {
     "bert": Family(BERT_NAMES, _bert, _NO_DECODER),

@@ -169,6 +169,22 @@ def test_what_cannot_be_exported_is_named(changes, message, tmp_path):
         from_huggingface(folder)
 
 
+def test_a_bart_without_embedding_norm_is_refused(tmp_path):
+    folder = folder_of(random_model("bart"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(normalize_embedding=False, normalize_before=True)))
+    with pytest.raises(ExportError, match="normalize_before=True .pre-LN., normalize_embedding=False .embeddings"):
+        from_huggingface(folder)
+
+
+def test_tokenizer_files_that_cannot_be_copied(tmp_path, capsys):
+    folder = folder_of(random_model("gpt2"), tmp_path / "model")
+    (folder / "merges.txt").write_text("")
+    (tmp_path / "out.tokenizer").write_text("in the way")
+    assert main(["--from", "huggingface", str(folder), "-o", str(tmp_path / "out.pb")]) == 2
+    assert "out.tokenizer: tokenizer files cannot be copied there" in capsys.readouterr().err
+
+
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(ExportError, match="expected a folder with config.json"):
         from_huggingface(tmp_path / "absent")
