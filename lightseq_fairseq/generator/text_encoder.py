@@ -164,7 +164,7 @@ class _Bucket(NamedTuple):
 
 
 class _Graph:
-    """Memory for batches of one bucket, and the graph that computes one."""
+    """Memory for batches of one bucket, and what computes one: on CUDA a graph."""
 
     def __init__(self, model: TextEncoder, bucket: _Bucket) -> None:
         self.model, device = model, model.device
@@ -179,12 +179,15 @@ class _Graph:
         self.types = wide["types"] if model.config.type_vocab_size else None
         self.hidden = torch.zeros(bucket.tokens + 1, model.config.encoder_embed_dim, dtype=model.dtype, device=device)
         self.pooled: Tensor | None = None
-        self.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.compute = captured(self._compute)
+        self.uploaded, self.compute = None, self._compute
+        if device.type == "cuda":
+            self.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.compute = captured(self._compute)
 
     def run(self, ids: Array, real: Array, types: Array | None) -> Encoded:
         """Texts (B, T), where their tokens are, and the types of these (N,)."""
-        self.uploaded.synchronize()  # the images may still be read for the batch before
+        if self.uploaded is not None:  # the images may still be read for the batch before
+            self.uploaded.synchronize()
         count, (batch, width) = int(real.sum()), ids.shape
         bounds, wide = self.narrow.image["cu_seqlens"], self.wide.image
         bounds[1:batch + 1] = real.sum(1).cumsum()
@@ -197,7 +200,8 @@ class _Graph:
         slots[real.ravel()] = np.arange(count)
         self.narrow.upload()
         self.wide.upload()
-        self.uploaded.record()
+        if self.uploaded is not None:
+            self.uploaded.record()
         self.compute()
         hidden = self.hidden.index_select(0, self.wide.tensors["slots"][:batch * width]).view(batch, width, -1)
         return Encoded(hidden, None if self.pooled is None else self.pooled[:batch].clone())
