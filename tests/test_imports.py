@@ -47,7 +47,8 @@ ROOMS = {
     "cli.hydra_train": Room("cli.train fairseq_compat"),
     "cli.validate": Room("plugin fairseq_compat"),
     "cli.export": Room("export model_file", "torch tqdm"),
-    "cli.generate": Room("generator model_file config", "torch", "export fairseq_compat fairseq"),
+    "cli.ahead": Room("generator", "torch"),
+    "cli.generate": Room("cli.ahead generator model_file config", "torch", "export fairseq_compat fairseq"),
     "cli.interactive": Room("cli.generate"),
 }
 

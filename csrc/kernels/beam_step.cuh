@@ -425,6 +425,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  if constexpr (SEARCH == Search::kDrawn) __syncthreads();  // all have read what is written now
   if (warp == 0) {  // lane c has candidate c
     const bool inside = lane < candidates;
     const int source = must == types.eos && step < limit || !inside ? 0 : lane;  // the prefix itself ends here

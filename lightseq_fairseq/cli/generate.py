@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightseq_fairseq import model_file
+from lightseq_fairseq.cli.ahead import Ahead, Batches
 from lightseq_fairseq.config import ConfigError
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.hypotheses import Hypothesis
@@ -40,7 +41,7 @@ _ZERO_FOR_NONE = ("sampling_topk", "sampling_topp", "diverse_beam_groups", "dive
 
 def main() -> int:
     """Entry point; arguments come from the command line."""
-    return run("lightseq-generate", "fairseq_cli.generate", _refused)
+    return run("lightseq-generate", "fairseq_cli.generate", _refused, reads_ahead=True)
 
 
 def _refused(cfg: Any) -> list[str]:
@@ -52,18 +53,19 @@ def _refused(cfg: Any) -> list[str]:
 
 
 def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lambda cfg: [],
-        at_end: Callable[[Search], None] = lambda search: None) -> int:
+        at_end: Callable[[Search], None] = lambda search: None, reads_ahead: bool = False) -> int:
     """Run a command of fairseq with our model and search; returns 0, or 2 after one sentence about what is wrong.
 
-    ``refused`` names what a configuration asks for and does not get; ``at_end`` sees the search after its work.
+    ``refused`` names what a configuration asks for and does not get; ``at_end`` sees the search after its work;
+    ``reads_ahead`` if batches are those of a whole test set.
     """
     from lightseq_fairseq import fairseq_compat
 
     stock = fairseq_compat.import_fairseq(stock_name)
     fairseq_compat.apply()
-    substitute = Substitute(stock.main, refused)
+    substitute = Substitute(stock.main, refused, reads_ahead)
     try:
-        with _own_options(), mock.patch.object(stock, "main", substitute):  # which cli_main calls with the arguments
+        with _own_options(reads_ahead), mock.patch.object(stock, "main", substitute):  # as cli_main calls it
             stock.cli_main()
     except Exception as error:
         in_arguments = isinstance(error, ValueError) and not substitute.called
@@ -77,7 +79,7 @@ def run(program: str, stock_name: str, refused: Callable[[Any], list[str]] = lam
 
 
 @contextlib.contextmanager
-def _own_options() -> Iterator[None]:
+def _own_options(reads_ahead: bool) -> Iterator[None]:
     """fairseq's parser of generation, with what only we have."""
     from fairseq import options
 
@@ -89,6 +91,10 @@ def _own_options() -> Iterator[None]:
         group.add_argument("--dtype", choices=sorted(DTYPES),
                            help="type of weights and arithmetic: fp16 and bf16 are --fp16 and --bf16; int8, on "
                                 "the CPU, multiplies in 8 bits what is worth it")
+        if reads_ahead:
+            group.add_argument("--refill", action=argparse.BooleanOptionalAction,
+                               help="let sentences of later batches take the place of finished ones, on a GPU "
+                                    "(default: where many sentences wait)")
         return parser
 
     with mock.patch.object(options, "get_generation_parser", get_generation_parser):
@@ -112,8 +118,13 @@ def _dtype(name: str | None, fp16: bool, bf16: bool) -> torch.dtype:
 class Substitute:
     """A fairseq ``main`` in which models are loaded and searched by us."""
 
-    def __init__(self, stock_main: Callable[[Any], Any], refused: Callable[[Any], list[str]]) -> None:
-        self.stock_main, self.refused = stock_main, refused
+    _generator = Generator
+    """What searches."""
+
+    def __init__(self, stock_main: Callable[[Any], Any], refused: Callable[[Any], list[str]],
+                 reads_ahead: bool = False) -> None:
+        """``reads_ahead`` if batches are those of a whole test set."""
+        self.stock_main, self.refused, self.reads_ahead = stock_main, refused, reads_ahead
         self.called = False
         self.search: Search | None = None
 
@@ -126,6 +137,7 @@ class Substitute:
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         self.called = True
+        self.refill = getattr(cfg, "refill", None)
         self.dtype = _dtype(getattr(cfg, "dtype", None), getattr(cfg, "fp16", False), getattr(cfg, "bf16", False))
         self.cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg
         if self.cfg.generation.replace_unk == "@@ ":  # the option without a value; fairseq would open that file
@@ -155,15 +167,39 @@ class Substitute:
             check_kind(path, model.file, task)
             check_dictionaries(path, model.file, task)
         task.build_generator = self._build_generator
+        if self.reads_ahead:
+            stock_batches = task.get_batch_iterator
+
+            def get_batch_iterator(dataset: Any, *args: Any, **kwargs: Any) -> Batches:
+                return Batches(stock_batches(dataset, *args, **kwargs), lambda sample: self._expect(sample, dataset))
+
+            task.get_batch_iterator = get_batch_iterator
         return models, self.cfg
+
+    def _expect(self, sample: dict[str, Any], dataset: Any) -> bool:
+        """A batch that fairseq has read; whether it need read no further before it goes on."""
+        search = self.search
+        if search is None or "net_input" not in sample or "id" not in sample:
+            return True
+        if search.ahead is None and isinstance(search.generator, Generator) and not search.sentences:
+            search.ahead = Ahead.of(search.generator, self.options, dataset, self.cfg.generation.prefix_size,
+                                    self.refill)
+        if search.ahead is None:
+            return True
+        padded = sample["net_input"]["src_tokens"]
+        sentences = search.unpadded(padded)
+        search.ahead.expect(sample, sentences, search.max_lens(sentences, padded))
+        return search.ahead.enough
 
     def _build_generator(self, models: Sequence[LoadedModel], *unused: Any, **also_unused: Any) -> Search:
         """In place of the task's build_generator."""
         args, dtype = self.cfg.generation, self.dtype
+        if args.score_reference and self.refill:
+            raise GenerationError("--refill is for search, and --score-reference does none")
         device = "cuda" if torch.cuda.is_available() and not self.cfg.common.cpu else "cpu"
         files, soft = [model.file for model in models], args.print_alignment == "soft"
         self.search = (ReferenceScores(Scorer(files, device, dtype), self.options, soft) if args.score_reference
-                       else Search(Generator(files, device, dtype), self.options, soft))
+                       else Search(self._generator(files, device, dtype), self.options, soft))
         return self.search
 
 
@@ -274,6 +310,7 @@ class Search:
         self.eos, self.pad = generator.config.eos, generator.config.pad
         self.symbols_to_strip_from_output = {self.eos}
         self.sentences, self.tokens, self.seconds = 0, 0, 0.0
+        self.ahead: Ahead | None = None
 
     def generate(self, models: Any, sample: dict[str, Any], prefix_tokens: Tensor | None = None,
                  constraints: Tensor | None = None, bos_token: int | None = None,
@@ -282,7 +319,10 @@ class Search:
         ``constraints`` (B, C) int64 are packed as fairseq's ``pack_constraints`` does. A language model continues
         ``bos_token`` and ``prefix_tokens`` (B, P) int64, pad behind the shorter ones."""
         started = time.perf_counter()
-        if self.generator.config.has_encoder:
+        answered = None if self.ahead is None else self.ahead.hypotheses(sample)
+        if answered is not None:
+            found = answered
+        elif self.generator.config.has_encoder:
             found = self._hypotheses(sample, prefix_tokens, constraints)
         else:
             found = self._continuations(sample, prefix_tokens, bos_token)
@@ -297,9 +337,9 @@ class Search:
 
         assert isinstance(self.generator, Generator)
         padded = sample["net_input"]["src_tokens"]
-        sentences = self._unpadded(padded)
+        sentences = self.unpadded(padded)
         phrases = None if constraints is None else [unpack_constraints(row) for row in constraints]
-        return self.generator.generate(sentences, self.options, prefix_tokens, self._max_lens(sentences, padded),
+        return self.generator.generate(sentences, self.options, prefix_tokens, self.max_lens(sentences, padded),
                                        constraints=phrases)
 
     def _continuations(self, sample: dict[str, Any], prefix_tokens: Tensor | None,
@@ -307,11 +347,11 @@ class Search:
         assert isinstance(self.generator, Generator)
         padded = sample["net_input"]["src_tokens"]
         start = torch.tensor([self.eos if bos_token is None else bos_token], device=padded.device)
-        rows = [start[:0]] * len(padded) if prefix_tokens is None else self._unpadded(prefix_tokens)
+        rows = [start[:0]] * len(padded) if prefix_tokens is None else self.unpadded(prefix_tokens)
         ended = [bool((row == self.eos).any()) for row in rows]  # their continuation is eos
         rows = [row[:int((row == self.eos).nonzero()[0])] if end else row for row, end in zip(rows, ended, strict=True)]
         forced = torch.tensor([[self.eos if end else self.pad] for end in ended]) if any(ended) else None
-        limit = self._max_lens(rows, padded)[0]
+        limit = self.max_lens(rows, padded)[0]
         if limit < max(map(len, rows)):
             raise GenerationError(f"a text of {max(map(len, rows))} tokens leaves nothing to say before the limit of "
                                   f"{limit}; raise --max-len-b or give shorter texts")
@@ -319,12 +359,12 @@ class Search:
                                        replace(self.options, include_context=True), forced,
                                        max_lens=[limit - len(row) for row in rows])
 
-    def _unpadded(self, padded: Tensor) -> list[Tensor]:
+    def unpadded(self, padded: Tensor) -> list[Tensor]:
         """(B, S) -> B sentences."""
         real = padded != self.pad
         return list(padded[real].split(real.sum(1).tolist()))
 
-    def _max_lens(self, sentences: Sequence[Tensor], padded: Tensor) -> list[int]:
+    def max_lens(self, sentences: Sequence[Tensor], padded: Tensor) -> list[int]:
         """fairseq's limit is one for the whole batch, by its longest source."""
         options, longest = self.options, padded.size(1)
         limit = int(options.max_len_a * longest + options.max_len_b)
@@ -353,8 +393,8 @@ class ReferenceScores(Search):
         assert isinstance(self.generator, Scorer)
         if sample["target"] is None:
             raise GenerationError("--score-reference needs references, but the data has no target side")
-        found = self.generator.score(self._unpadded(sample["net_input"]["src_tokens"]),
-                                     self._unpadded(sample["target"]), self.options.return_attention,
+        found = self.generator.score(self.unpadded(sample["net_input"]["src_tokens"]),
+                                     self.unpadded(sample["target"]), self.options.return_attention,
                                      self.options.return_alignment)
         return [[hypothesis] for hypothesis in found]
 

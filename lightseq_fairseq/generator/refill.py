@@ -11,7 +11,7 @@ Memory is taken once, for :class:`Slots`, and does not grow.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,6 +136,8 @@ class Refill:
         self.finished: list[tuple[int, _Request, int]] = []
         """Slot, who was there, and how many steps it took; not read yet."""
         self.readings: list[_Reading] = []
+        self.unread: set[int] = set()
+        """Tickets of what is finished and was not collected yet."""
 
     @property
     def memory(self) -> int:
@@ -218,15 +220,17 @@ class Refill:
         return False
 
     @torch.no_grad()
-    def collect(self) -> dict[int, list[Hypothesis]]:
-        """Goes on until something is finished; hypotheses by ticket, best first, none if the model's probabilities are
-        no numbers. Empty only if nothing was under way."""
-        while (self.waiting or self.encoded or self.live) and not (self.finished or self.readings):
+    def collect(self, tickets: Collection[int] = ()) -> dict[int, list[Hypothesis]]:
+        """Goes on until something is finished, or all of ``tickets`` are; hypotheses by ticket of all that is, best
+        first, none if the model's probabilities are no numbers. Empty only if nothing was under way."""
+        missing = set(tickets)
+        while self.waiting or self.encoded or self.live:
+            missing -= self.unread
+            if not missing if tickets else self.unread:
+                break
             self._turn()
         self._read_off()
-        found = {ticket: hypotheses for reading in self.readings for ticket, hypotheses in reading.finish()}
-        self.readings = []
-        return found
+        return dict(self._readings_done())
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -241,6 +245,7 @@ class Refill:
 
     def _readings_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:
         readings, self.readings = self.readings, []
+        self.unread -= {request.ticket for reading in readings for request in reading.requests}
         for reading in readings:
             yield from reading.finish()
 
@@ -261,6 +266,7 @@ class Refill:
                          if since <= turn and complete[slot] >= self.slots.beam]:
                 request, _ = self.live.pop(slot)
                 self.finished.append((slot, request, int(steps[slot]) + 1))
+                self.unread.add(request.ticket)
                 self._leave_page(request)
 
     def _encode_ahead(self) -> None:

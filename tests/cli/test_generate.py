@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lightseq_fairseq import fairseq_compat
-from lightseq_fairseq.cli import export, generate
+from lightseq_fairseq.cli import export, generate, interactive
 from lightseq_fairseq.generator.options import refused_options
 from tests.cli.conftest import run_command
 
@@ -323,3 +323,52 @@ def test_the_command_in_a_process_of_its_own(more, data_bin, model_files, checkp
     assert ('"wps"' in result.stdout + result.stderr) == bool(more)
     printed = [line for line in result.stdout.splitlines() if re.match(r"[STHDP]-\d|Generate ", line)]
     assert_same_lines(printed, ours(data_bin, "--path", checkpoint, "--batch-size", "8"))
+
+
+@pytest.fixture
+def searches_on_the_device(monkeypatch):
+    """lightseq-generate as on a GPU, with few slots; the fixture is the list of those that were taken."""
+    from lightseq_fairseq.generator import device_search, generator
+    from lightseq_fairseq.layers.compiled import CompiledDecoder
+
+    made, slots = [], generator.Generator.slots
+
+    def counted(self, *arguments):
+        made.append(slots(self, *arguments))
+        return made[-1]
+
+    def on_device(*arguments):
+        built = generator.Generator(*arguments)
+        built.device_search = device_search.DeviceSearch(built.models[0])
+        return built
+
+    monkeypatch.setattr(generator.Generator, "slots", counted)
+    monkeypatch.setattr("lightseq_fairseq.ops.linear._PREPACKED", None)
+    monkeypatch.setattr(CompiledDecoder, "serves", lambda *arguments: False)
+    monkeypatch.setattr(device_search, "_MOST_SLOTS", 9)
+    monkeypatch.setattr("lightseq_fairseq.cli.ahead.MANY", 20)
+    monkeypatch.setattr(generate.Substitute, "_generator", staticmethod(on_device))
+    return made
+
+
+@pytest.mark.parametrize("options", [
+    "--beam 3 --batch-size 7", "--beam 2 --max-len-a 0.7 --max-len-b 1 --prefix-size 2",
+    "--beam 4 --nbest 2 --max-tokens 100 --max-len-b 15"])
+def test_refill_changes_no_line(options, data_bin, checkpoint, searches_on_the_device):
+    arguments = (data_bin, "--path", checkpoint, *ALL, *options.split())
+    expected = ours(*arguments, "--no-refill")
+    assert not searches_on_the_device
+    found = ours(*arguments)
+    assert_same_lines(found, expected)
+    refill, = searches_on_the_device
+    assert refill.slots.count == 9 and refill.idle and refill.tickets == 60, "all sentences of the test set"
+
+
+def test_refill_is_refused_by_name(data_bin, checkpoint):
+    status, _, errors = run_command(generate.main, data_bin, "--path", checkpoint, "--refill", *HERE)
+    assert status == 2 and "--refill is for the search of one encoder-decoder model on a GPU" in errors
+    status, _, errors = run_command(generate.main, data_bin, "--path", checkpoint, "--refill", "--score-reference",
+                                    *HERE)
+    assert status == 2 and "--score-reference does none" in errors
+    status, _, errors = run_command(interactive.main, data_bin, "--path", checkpoint, "--refill", "--cpu")
+    assert status == 2 and "unrecognized arguments: --refill" in errors

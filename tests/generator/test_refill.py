@@ -167,7 +167,7 @@ def on_the_device(device):
 
 
 def test_a_generator_decodes_many_sentences_in_slots(device, monkeypatch):
-    monkeypatch.setattr("lightseq_fairseq.generator.generator._MANY", 20)
+    monkeypatch.setattr("lightseq_fairseq.generator.generator.MANY", 20)
     generator, seen = on_the_device(device), []
     ids, options = [s.tolist() for s in sentences(24)], GenerationOptions(beam=2, nbest=2, max_len_a=1, max_len_b=4)
     batches = generator.infer(ids, options, refill=False)
