@@ -119,7 +119,7 @@ class HuggingFace:
         if best:
             self.options |= dict(cache_implementation="static")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self) -> int:
         """Tokens made, or encoded."""
         ids, mask = self.ids.to(DEVICE), self.mask.to(DEVICE)
