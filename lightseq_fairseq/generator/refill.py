@@ -37,6 +37,8 @@ _STEPS_A_LOOK = 2
 """Steps between two looks of the host at what is finished,"""
 _LOOKS_AHEAD = 1
 """and looks under way while it acts on an earlier one, so that the device need not wait."""
+_READ_TOGETHER = 64
+"""Sentences whose hypotheses are read off together, where nobody waits for them: a millisecond of the host's."""
 _PAGE_TOKENS = 4096
 """Source tokens that are encoded together, where the longest source is no longer."""
 _LEAST_PAGE = 256
@@ -234,20 +236,35 @@ class Refill:
 
     @torch.no_grad()
     def run(self) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """All that was submitted, each when it is finished. Hypotheses are read in larger pieces than by
+        """All that was submitted, each some time after it is finished. Hypotheses are read in larger pieces than by
         :meth:`collect`, which costs the host less."""
         while self.waiting or self.encoded or self.live:
             self._turn()
-            if sum(len(reading.requests) for reading in self.readings) >= self.slots.count:
+            if sum(len(reading.requests) for reading in self.readings) >= _READ_TOGETHER:
                 yield from self._readings_done()
         self._read_off()
         yield from self._readings_done()
 
     def _readings_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:
         readings, self.readings = self.readings, []
-        self.unread -= {request.ticket for reading in readings for request in reading.requests}
-        for reading in readings:
-            yield from reading.finish()
+        requests = [request for reading in readings for request in reading.requests]
+        self.unread -= {request.ticket for request in requests}
+        pieces = [reading.wait() for reading in readings]  # (T', B', K, 6) each
+        record = np.zeros((max(map(len, pieces), default=0), len(requests), *self.state.record.shape[2:]), np.int32)
+        start = 0
+        for piece in pieces:
+            record[:len(piece), start:start + piece.shape[1]] = piece
+            start += piece.shape[1]
+        alike: dict[tuple[Ranking, int, int], list[int]] = {}
+        for place, request in enumerate(requests):
+            options = request.options
+            key = Ranking(options.lenpen, options.normalize_scores), options.nbest, request.beam
+            alike.setdefault(key, []).append(place)
+        for (ranking, nbest, beam), places in alike.items():
+            limits = [requests[place].limit for place in places]
+            found = read(columns_of(record[:, places, :beam]), limits, ranking, nbest, self.step.config.eos)
+            yield from ((requests[place].ticket, hypotheses)
+                        for place, hypotheses in zip(places, found, strict=True))
 
     def _turn(self) -> None:
         """A few steps; then what an earlier look has shown is acted on."""
@@ -262,9 +279,11 @@ class Refill:
         if len(self.looks) > _LOOKS_AHEAD:
             turn, snapshot = self.looks.popleft()
             steps, complete = snapshot.wait()
-            for slot in [slot for slot, (_, since) in self.live.items()
-                         if since <= turn and complete[slot] >= self.slots.beam]:
-                request, _ = self.live.pop(slot)
+            for slot in (complete >= self.slots.beam).nonzero()[0].tolist():
+                request, since = self.live.get(slot, (None, 0))
+                if request is None or since > turn:
+                    continue
+                del self.live[slot]
                 self.finished.append((slot, request, int(steps[slot]) + 1))
                 self.unread.add(request.ticket)
                 self._leave_page(request)
@@ -389,7 +408,7 @@ class _Reading:
 
     def __init__(self, refill: Refill, finished: Sequence[tuple[int, _Request, int]]) -> None:
         self.requests = [request for _, request, _ in finished]
-        self.eos, record = refill.step.config.eos, refill.state.record
+        record = refill.state.record
         on_gpu, slots = record.is_cuda, torch.tensor([slot for slot, _, _ in finished])
         slots = slots.pin_memory().to(record.device, non_blocking=True) if on_gpu else slots
         record = record[:max(steps for _, _, steps in finished)].index_select(1, slots)
@@ -399,21 +418,12 @@ class _Reading:
         if self.event is not None:
             self.event.record()
 
-    def finish(self) -> Iterator[tuple[int, list[Hypothesis]]]:
-        """Waits for it; tickets and hypotheses."""
+    def wait(self) -> Array:
+        """(T', B', K, 6), once it is there."""
         if self.event is not None:
             self.event.synchronize()
-        alike: dict[tuple[Ranking, int, int], list[int]] = {}
-        for place, request in enumerate(self.requests):
-            options = request.options
-            key = Ranking(options.lenpen, options.normalize_scores), options.nbest, request.beam
-            alike.setdefault(key, []).append(place)
-        for (ranking, nbest, beam), places in alike.items():
-            record = self.record.numpy()[:, places, :beam]
-            limits = [self.requests[place].limit for place in places]
-            found = read(columns_of(record), limits, ranking, nbest, self.eos)
-            yield from ((self.requests[place].ticket, hypotheses)
-                        for place, hypotheses in zip(places, found, strict=True))
+        record: Array = self.record.numpy()
+        return record
 
 
 def _beam(options: GenerationOptions, step: DecodeStep) -> int:

@@ -10,6 +10,7 @@ import torch
 from lightseq_fairseq.generator import refill as module
 from lightseq_fairseq.generator.beam_search import decode
 from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.device_state import Kind
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
@@ -65,6 +66,42 @@ def test_options_and_limits_of_each_sentence(device):
     found = run(DeviceSearch(model).refill(Slots(5, 4, 17, 12)), src, options, limits=limits)
     for i in range(30):
         assert_same([found[i]], decode([model], [src[i]], options[i], None, [limits[i]]))
+
+
+@pytest.mark.parametrize("options", [
+    dict(diverse_beam_groups=2, unkpen=-4.0), dict(diversity_rate=0.7), dict(no_repeat_ngram_size=2),
+    dict(no_repeat_ngram_size=1, diverse_beam_groups=4),
+], ids=str)
+def test_other_searches(options, device):
+    model = Transformer(random_model(seed=3), device)
+    src, options = sentences(14), GenerationOptions(beam=4, nbest=4, max_len_b=11, **options)
+    refill = DeviceSearch(model).refill(Slots(4, 4, 12, 12), Kind.of(options))
+    assert_same(run(refill, src, options), decode([model], src, options))
+
+
+def test_kinds_cover_what_is_data(device):
+    """Slots that may block n-grams also serve sentences that block none, and refuse another kind of search."""
+    model = Transformer(random_model(seed=3), device)
+    refill = DeviceSearch(model).refill(Slots(3, 3, 12, 12), Kind(siblings=True, ngrams=True))
+    kinds = [GenerationOptions(beam=3, no_repeat_ngram_size=size, diversity_rate=rate)
+             for size, rate in ((0, 0.0), (1, 0.0), (2, 0.5))]
+    src = sentences(9)
+    found = run(refill, src, kinds * 3, limits=[11] * 9)
+    for i in range(9):
+        assert_same([found[i]], decode([model], [src[i]], kinds[i % 3], None, [11]))
+    with pytest.raises(GenerationError, match="do not search by Kind.*sampling=True"):
+        refill.submit(src[0], GenerationOptions(beam=3, sampling=True), 11)
+
+
+def test_samples_repeat_with_their_seed(device):
+    model, src = Transformer(random_model(seed=3), device), sentences(14)
+    options, found = GenerationOptions(beam=3, nbest=3, max_len_b=11, sampling=True, sampling_topk=5), []
+    for seed in (1, 1, 2):
+        refill = DeviceSearch(model).refill(Slots(4, 3, 12, 12), Kind.of(options))
+        refill.draws = torch.Generator(device).manual_seed(seed)
+        found.append([[h.tokens.tolist() for h in hypotheses] for hypotheses in run(refill, src, options)])
+    assert found[0] == found[1] != found[2]
+    assert len({str(h) for hypotheses in found[0] for h in hypotheses}) > 30, "beams and sentences draw their own"
 
 
 def test_prefixes(device):
