@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.beam_search import check, check_found
 from lightseq_fairseq.generator.device_state import (
     DeviceState,
@@ -66,6 +67,11 @@ class _Shape(NamedTuple):
         batch = power * 3 // 4 if len(lengths) <= power * 3 // 4 else power
         width = _power_of_two(max(lengths), 32)
         return cls(batch, beam, _power_of_two(steps, 32), _power_of_two(sum(lengths), 64), width, kind)
+
+
+def _most_positions(config: TransformerConfig) -> int:
+    """Tokens of a source, for which there are positions: in a language model those of its decoder."""
+    return config.max_source_positions if config.has_encoder else config.max_target_positions
 
 
 def _power_of_two(size: int, least: int) -> int:
@@ -135,7 +141,7 @@ class DeviceSearch:
         config = self.model.config
         beam, count = min(beam, config.tgt_vocab_size - 1), min(_MOST_SLOTS, max(_LEAST_SLOTS, sentences // 4))
         steps, width = (-(-size // 32) * 32 for size in (steps, width))
-        steps = min(steps, config.max_target_positions)
+        steps, width = min(steps, config.max_target_positions), min(width, _most_positions(config))
         while count >= _LEAST_SLOTS:
             slots = Slots(count, beam, steps, width)
             if self.refill_memory(slots) <= self.most_bytes:
@@ -174,7 +180,8 @@ class _Plan:
         narrow = Table(torch.int32, device, cu_seqlens=(batch + 1,), **DeviceState.shapes(batch, beam, steps, kind))
         wide = Table(torch.int64, device, tokens=(source_tokens,), positions=(source_tokens,))
         self.tables, self.source = (narrow, wide), wide.tensors["tokens"]
-        self.packing = Packing(None, narrow.tensors["cu_seqlens"], wide.tensors["positions"], batch, width)
+        self.packing = Packing(None, narrow.tensors["cu_seqlens"], wide.tensors["positions"], batch,
+                               min(width, _most_positions(step.config)))
         self.state = DeviceState.of(step, kind, narrow.tensors, source_tokens, self.packing.cu_seqlens)
         on_gpu = device.type == "cuda"
         self.host_record = torch.empty_like(self.state.record, device="cpu", pin_memory=on_gpu)

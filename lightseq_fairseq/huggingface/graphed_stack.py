@@ -256,7 +256,13 @@ class GraphedStack:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            for work in functions if size.grad else functions[:1]:
+            passes_needed = functions if size.grad else functions[:1]
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # libraries load kernels for these very sizes, which no capture admits
+                for work in passes_needed:
+                    work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for work in passes_needed:
                 graphs.append(torch.cuda.CUDAGraph())
                 with torch.cuda.graph(graphs[-1], self.pool, self.stream, capture_error_mode="thread_local"):
                     work()

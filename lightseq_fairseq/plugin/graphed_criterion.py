@@ -180,11 +180,17 @@ class GraphedCriterion:
         """One graph for each pass; their memory is shared by all buckets, whose turns do not overlap."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream, functions = torch.cuda.Stream(), self._functions(bucket)  # type: ignore[no-untyped-call]
         graphs = []
         # on this thread: autograd's own would capture elsewhere
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            for work in self._functions(bucket):
+            stream.wait_stream(torch.cuda.current_stream())
+            # libraries load kernels for these very sizes, which no capture admits; this draws nothing that counts
+            with torch.random.fork_rng([self.sums.device]), torch.cuda.stream(stream):
+                for work in functions:
+                    work()
+            torch.cuda.current_stream().wait_stream(stream)
+            for work in functions:
                 graphs.append(torch.cuda.CUDAGraph())
                 with torch.cuda.graph(graphs[-1], self.pool, stream, capture_error_mode="thread_local"):
                     work()

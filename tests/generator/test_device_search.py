@@ -20,8 +20,10 @@ from tests.generator.test_generator import random_model
 MODELS = {
     "pre-LN": {},
     "post-LN": dict(encoder_normalize_before=False, decoder_normalize_before=False),
+    # fewer positions than the sizes that batches are rounded up to, on either side
     "learned positions, embedding norm": dict(decoder_positions="learned", layernorm_embedding=True,
-                                              max_target_positions=21),
+                                              max_target_positions=21, encoder_positions="learned",
+                                              max_source_positions=13),
     "no positions, no final norm": dict(decoder_positions="none", no_decoder_final_norm=True),
     "projections": dict(decoder_input_dim=32, decoder_output_dim=48, activation_fn="gelu"),
     "output bias, a wide vocabulary": dict(output_bias=True, tgt_vocab_size=131, activation_fn="swish"),

@@ -315,9 +315,11 @@ class TestAsAnyTorchModule:
         assert not torch.equal(y.float(), call(exact, x))  # or nothing was computed in 16 bits
         y.float().square().sum().backward()
         call(exact, x).square().sum().backward()
+        whole = torch.cat([parameter.grad.flatten() for parameter in exact.parameters()]).norm()
         for mine, other in zip(layer.parameters(), exact.parameters(), strict=True):
             assert mine.grad.dtype == dtype
-            difference = (mine.grad.float() - other.grad).norm() / (other.grad.norm() + 1)
+            # some are nothing but rounding: keys' biases have none, as softmax heeds differences only
+            difference = (mine.grad.float() - other.grad).norm() / (other.grad.norm() + 0.1 * whole)
             assert difference < (0.05 if way in ("bf16", "autocast") else 0.01)
 
 
