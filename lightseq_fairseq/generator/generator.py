@@ -162,8 +162,8 @@ class Generator:
         fairseqs = options.force_eos and options.early_stopping
         if search is None or not self.config.has_encoder or not fairseqs or not search.serves(options):
             return None
-        if self._reserved:
-            return self.refill
+        if self._reserved:  # unless they serve somebody who has submitted sentences
+            return self.refill if self.refill is not None and self.refill.idle else None
         wanted, kind = search.slots_for(sentences, options.beam, limit + 1, longest), Kind.of(options)
         held = None if self.refill is None or not self.refill.kind.covers(kind) else self.refill.slots
         if wanted is None or (held is not None and held.beam == wanted.beam and held.count >= wanted.count
@@ -185,8 +185,9 @@ class Generator:
             options, len(ids), max(map(len, ids)), max(limits))
         if refill is None:
             if insist:
-                raise GenerationError("refill is for beam search with one encoder-decoder model on a GPU, without "
-                                      "constraints, alignments and the like: leave it to be chosen")
+                raise GenerationError("refill is for one encoder-decoder model on a GPU, without constraints, "
+                                      "alignments and the like, and with slots that serve nobody else: leave it to be "
+                                      "chosen")
             return set()
         refill.draws = draws
         fitting = [i for i in range(len(ids)) if refill.refusal(len(ids[i]), options, limits[i]) is None]
@@ -197,7 +198,7 @@ class Generator:
         places = {refill.submit(ids[i], options, limits[i], None if prefix_ids is None else prefix_ids[i]): i
                   for i in sorted(fitting, key=lambda i: -len(ids[i]))}  # the longest first: they take most steps
         for ticket, hypotheses in refill.run():
-            if ticket in places:  # and not somebody else's
+            if ticket in places:  # and not of a call that was broken off
                 results[places[ticket]] = hypotheses
                 if progress is not None:
                     progress(1)

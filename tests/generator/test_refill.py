@@ -230,13 +230,17 @@ def test_reserved_slots_stay(device):
     wide = dataclasses.replace(options, beam=3)
     assert_same(generator.infer(ids, wide, refill=True), generator.infer(ids, wide, refill=False))
     assert generator.refill is refill
+    ticket = refill.submit(ids[1], options, 3)
+    with pytest.raises(GenerationError, match="slots that serve nobody else"):
+        generator.infer(ids, options, refill=True)
+    assert list(refill.collect()) == [ticket], "whoever submits it gets it"
     with pytest.raises(GenerationError, match="MiB, more than the"):
         generator.reserve(Slots(10**6, 5, 1000, 8))
 
 
 def test_refill_is_refused_by_name(device):
     ids = [[4, 2], [5, 2]]
-    with pytest.raises(GenerationError, match="refill is for beam search"):
+    with pytest.raises(GenerationError, match="refill is for one encoder-decoder model on a GPU"):
         on_the_device(device).infer(ids, GenerationOptions(beam=2, return_alignment=True), refill=True)
     with pytest.raises(GenerationError, match="slots are for one encoder-decoder model on a GPU"):
         Generator([random_model(), random_model(1)], device).reserve(Slots(2, 2, 10, 10))
