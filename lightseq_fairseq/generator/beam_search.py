@@ -65,18 +65,18 @@ def length_limits(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor],
                   options: GenerationOptions) -> list[int]:
     """The step at which each sentence must end, see ``GenerationOptions.max_len_a``."""
     if options.match_source_len:
-        return [len(sentence) for sentence in src_tokens]
+        return [sentence.numel() for sentence in src_tokens]
     before = fed_before(models[0].config, src_tokens)
     most = min(model.config.max_target_positions for model in models)
-    counted = [len(sentence) - 1 if options.include_context else 0 for sentence in src_tokens]
-    return [min(int(options.max_len_a * len(sentence) + options.max_len_b) - own, most - fed)
+    counted = [sentence.numel() - 1 if options.include_context else 0 for sentence in src_tokens]
+    return [min(int(options.max_len_a * sentence.numel() + options.max_len_b) - own, most - fed)
             for sentence, fed, own in zip(src_tokens, before, counted, strict=True)]
 
 
 def fed_before(config: TransformerConfig, src_tokens: Sequence[Tensor]) -> list[int]:
     """Tokens that the decoder is fed up to the first step: the start token, or the text that a language model
     continues."""
-    return [1 if config.has_encoder else len(sentence) for sentence in src_tokens]
+    return [1 if config.has_encoder else sentence.numel() for sentence in src_tokens]
 
 
 class Continuation:
@@ -336,7 +336,7 @@ def check(models: Sequence[SequenceModel], src_tokens: Sequence[Tensor], options
         values = sorted({getattr(model.config, name) for model in models})
         if len(values) > 1:
             wrong.append(f"the models of an ensemble must have one {name}, got {values}")
-    empty = [i for i, sentence in enumerate(src_tokens) if not len(sentence)]
+    empty = [i for i, sentence in enumerate(src_tokens) if not sentence.numel()]
     if empty:
         wrong.append(f"sentences {empty} have no tokens, not even the eos that ends every source sentence"
                      if config.has_encoder else f"texts {empty} have no tokens, not even one to begin with")

@@ -24,7 +24,6 @@ from lightseq_fairseq.generator.device_state import (
     Table,
     captured,
     columns_of,
-    forced_tokens,
     settings_of,
 )
 from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
@@ -121,8 +120,8 @@ class DeviceSearch:
         """As beam_search.decode, save that samples draw other uniforms."""
         config = self.model.config
         check([self.model], src_tokens, options, prefix_tokens, max_lens)
-        shape = _Shape.around([len(sentence) for sentence in src_tokens], min(options.beam, config.tgt_vocab_size - 1),
-                              max(max_lens) + 1, Kind.of(options))
+        lengths, beam = [sentence.numel() for sentence in src_tokens], min(options.beam, config.tgt_vocab_size - 1)
+        shape = _Shape.around(lengths, beam, max(max_lens) + 1, Kind.of(options))
         if options.sampling and draws is None and options.seed is not None:
             draws = torch.Generator(self.model.device).manual_seed(options.seed)
         record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens, draws)
@@ -220,7 +219,7 @@ class _Plan:
               max_lens: Sequence[int]) -> None:
         """The state before the first step; sentences that only fill up the batch are finished."""
         config, count, steps = self.step.config, len(src_tokens), self.shape.steps
-        lengths = np.array([len(sentence) for sentence in src_tokens])
+        lengths = np.array([sentence.numel() for sentence in src_tokens])
         narrow, wide = (table.image for table in self.tables)
         narrow["limits"][:count] = max_lens
         for name in {"steps", "idle", "scores", "overlap"} & narrow.keys():
@@ -229,10 +228,12 @@ class _Plan:
         narrow["cu_seqlens"][1:count + 1] = ends = np.cumsum(lengths)
         narrow["cu_seqlens"][count + 1:] = total = ends[-1]
         narrow["settings"].view(np.float32)[:] = settings_of(options, self.shape.beam)
-        narrow["forced"][:] = config.pad
-        prefixes = [None] * count if prefix_tokens is None else prefix_tokens.cpu().numpy()
-        for row, (prefix, limit) in enumerate(zip(prefixes, max_lens, strict=True)):
-            narrow["forced"][row] = forced_tokens(prefix, limit, steps, config.pad, config.eos)
+        forced = narrow["forced"]
+        forced[:] = config.pad
+        if prefix_tokens is not None:
+            width = min(prefix_tokens.size(1), steps)
+            forced[:count, :width] = prefix_tokens[:, :width].cpu().numpy()
+        forced[:count][np.arange(steps) >= np.asarray(max_lens)[:, None]] = config.eos
         wide["tokens"][:total], wide["tokens"][total:] = torch.cat(list(src_tokens)).cpu().numpy(), config.pad
         wide["positions"][:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
         for table in self.tables:

@@ -100,7 +100,8 @@ class Generator:
         known = self._device_options(options)
         if self.device_search is not None and len(src_tokens) and constraints is None and known is not None:
             limits = length_limits(self.models, src_tokens, options) if max_lens is None else max_lens
-            if min(limits) > 0 and self.device_search.takes(known, [len(sentence) for sentence in src_tokens], limits):
+            lengths = [sentence.numel() for sentence in src_tokens]
+            if min(limits) > 0 and self.device_search.takes(known, lengths, limits):
                 found = self.device_search.decode(src_tokens, known, prefix_tokens, limits, draws)
                 if options.force_eos:
                     return found
