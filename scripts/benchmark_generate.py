@@ -147,6 +147,22 @@ def alternate(contenders: dict[str, Callable[[list[list[int]]], int]], batches: 
     return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
+LABELS = {"fairseq": "fairseq-generate", "ctranslate2": "CTranslate2 4.8.5", "lightseq": "lightseq-generate"}
+
+
+def table(rows: list[dict[str, Any]], unit: str) -> str:
+    """Markdown for the README; ``unit`` is "ms", of a batch, or "ms_per_step"."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(row["case"], row["contender"]): row[unit] for row in rows}
+    lines = ["| sentences a batch | " + " | ".join(_label(case).replace("\nbatch", "") for case in cases) + " |",
+             "|---" * (len(cases) + 1) + "|"]
+    for contender in CONTENDERS:
+        numbers = [found[case, contender] for case in cases]
+        lines.append(f"| {LABELS[contender]} | " + " | ".join(
+            f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in numbers) + " |")
+    return "\n".join(lines)
+
+
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Bars of milliseconds a batch, on a log scale."""
     import matplotlib

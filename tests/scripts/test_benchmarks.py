@@ -113,13 +113,27 @@ def test_training_benchmark_measures_both(joined_data_bin, tmp_path):
     assert refused.returncode == 2 and "--profile reads the kernels of a GPU" in refused.stderr
 
 
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_readme_shows_what_was_measured():
-    report = json.loads((ROOT / "scripts" / "results" / "train.json").read_text())
+    readme, results = (ROOT / "README.md").read_text(), ROOT / "scripts" / "results"
+    report = json.loads((results / "train.json").read_text())
     assert set(report) == {"gpu", "torch", "commit", "rows"}
-    spec = importlib.util.spec_from_file_location("benchmark_train", ROOT / "scripts" / "benchmark_train.py")
-    benchmark_train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark_train)
-    assert benchmark_train.table(report["rows"]) in (ROOT / "README.md").read_text()
+    assert script("benchmark_train").table(report["rows"]) in readme
+    for name, unit in (("generate", "ms"), ("generate_cpu", "ms_per_step")):
+        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        assert script("benchmark_generate").table(rows, unit) in readme, name
+    for row in json.loads((results / "commands.json").read_text())["rows"]:
+        assert f"{round(row['words_per_s'], -3):,}".replace(",", " ") in " ".join(readme.split()), row
+    for dtype in ("fp16", "bf16"):
+        rows = json.loads((results / "quality.json").read_text())["rows"]
+        bleu = [row["bleu"] for row in rows if row["dtype"] == dtype]
+        assert len(bleu) == 3 and f"{sum(bleu) / 3:.2f} in {dtype}" in " ".join(readme.split())
 
 
 def test_quality_benchmark_trains_averages_and_scores(joined_data_bin, tmp_path):
