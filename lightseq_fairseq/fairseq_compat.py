@@ -46,9 +46,59 @@ def hashable_dataclasses() -> Iterator[None]:
         actions[plain] = stock
 
 
+class _Later:
+    """A module, or what it holds, that is imported when it is first used."""
+
+    def __init__(self, module: str, attribute: str | None = None) -> None:
+        self._place = module, attribute
+
+    def _found(self) -> Any:
+        name, attribute = self._place
+        module = importlib.import_module(name)
+        return module if attribute is None else getattr(module, attribute)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._found(), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._found()(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def imports_put_off() -> Iterator[None]:
+    """A second of every command's start goes into scikit-learn and scipy.stats, for the scores of two speech and GLUE
+    tasks. Inside this context they seem to be there; they are imported when one of those scores is computed."""
+    held = {"sklearn": ("metrics",), "sklearn.metrics": ("f1_score", "matthews_corrcoef"),
+            "scipy.stats": ("pearsonr", "spearmanr")}
+    put_off = {name: types.ModuleType(name) for name in held if name not in sys.modules}
+
+    def restore() -> None:
+        for name, module in put_off.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+    def unforeseen(name: str, attribute: str) -> Any:
+        """What somebody else wants of them meanwhile comes from the real ones."""
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        restore()
+        return getattr(importlib.import_module(name), attribute)
+
+    for name, module in put_off.items():
+        module.__getattr__ = functools.partial(unforeseen, name)  # type: ignore[method-assign]
+        for attribute in held[name]:
+            path = f"{name}.{attribute}"
+            setattr(module, attribute, _Later(path) if path in held else _Later(name, attribute))
+    sys.modules.update(put_off)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def import_fairseq(name: str = "fairseq") -> types.ModuleType:
     """Import ``fairseq``, or a module of it or of ``fairseq_cli``, on every Python that we support."""
-    with hashable_dataclasses():
+    with hashable_dataclasses(), imports_put_off():
         return importlib.import_module(name)
 
 

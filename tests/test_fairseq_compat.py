@@ -306,6 +306,28 @@ def test_mutable_dataclass_defaults_import(tmp_path, monkeypatch):
     assert Outside.__hash__ is None, "the shim must not outlive the import"
 
 
+def test_scores_of_other_tasks_are_imported_when_they_are_computed():
+    """In a process of its own, as others may have imported scikit-learn by now."""
+    subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import sys
+        from lightseq_fairseq import fairseq_compat
+        fairseq_compat.apply()
+        assert not {"sklearn", "sklearn.metrics", "scipy.stats"} & sys.modules.keys()
+        from fairseq.criterions import sentence_prediction
+        from fairseq.tasks import audio_classification
+        assert "sklearn" not in sys.modules
+        assert sentence_prediction.f1_score([1, 0, 1], [1, 0, 0]) == 2 / 3
+        assert abs(sentence_prediction.pearsonr([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])[0] - 1) < 1e-9
+        assert audio_classification.sklearn_metrics.roc_curve([0, 1], [0.1, 0.9])[0][0] == 0
+        import sklearn
+        assert sklearn.__version__
+        del sys.modules["scipy.stats"]
+        with fairseq_compat.imports_put_off():
+            from scipy.stats import kendalltau
+        assert kendalltau([1, 2, 3], [1, 2, 3])[0] == 1
+    """)], check=True)
+
+
 def test_encoder_layers_leave_the_fast_path_of_0_12_2(monkeypatch):
     from fairseq.modules import transformer_layer
 
