@@ -14,22 +14,15 @@ import lightseq_fairseq.plugin  # noqa: F401
 from lightseq_fairseq.plugin.graphed_criterion import GraphedCriterion
 from tests import tolerances
 from tests.conftest import build_model
-from tests.plugin import recorded_run
 from tests.plugin.recorded_run import SIZES
+from tests.plugin.test_ls_trainer import OURS, STOCK, Run
 
-RECIPE = ["--dropout", "0", *recorded_run.RECIPE, *SIZES]
-OURS = ["--arch", "ls_transformer", "--criterion", "ls_label_smoothed_cross_entropy", "--optimizer", "ls_adam"]
-STOCK = ["--arch", "transformer", "--criterion", "label_smoothed_cross_entropy", "--optimizer", "adam"]
 CASES = {
     "post-LN": [],
     "pre-LN, tied": ["--encoder-normalize-before", "--decoder-normalize-before", "--share-decoder-input-output-embed"],
     "update-freq": ["--update-freq", "3", "--clip-norm", "0"],
     "accuracy, prefix, sentence-avg": ["--report-accuracy", "--ignore-prefix-size", "2", "--sentence-avg"],
 }
-
-
-class Run(recorded_run.Run):
-    recipe = RECIPE
 
 
 @pytest.fixture(autouse=True)
