@@ -36,7 +36,7 @@ ARCHITECTURES = {
         f"--{side}-attention-heads", "4"))]}
 VOCABULARIES = {"demo": 1736}
 """Types of the sizes whose vocabulary is not the option's."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 CONTENDERS = ("fairseq", "ctranslate2", "lightseq")
 ON_GPU = torch.cuda.is_available()
 
@@ -78,7 +78,7 @@ class CTranslate2:
     def __init__(self, folder: Path, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
         import ctranslate2
 
-        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[args.dtype]
+        kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}[args.dtype]
         converter = ctranslate2.converters.FairseqConverter(
             str(folder / "model.pt"), str(folder), "en", "de", unsafe_deserialization=True)  # made here, just now
         converter.convert(str(folder / "ct2"), quantization=kind, force=True)
@@ -204,6 +204,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.INFO)
     wanted = args.contenders.split(",")
+    if args.dtype == "int8":
+        if ON_GPU:
+            parser.error("--dtype int8 is for the CPU")
+        wanted = [name for name in wanted if name != "fairseq"]  # which has no 8 bits
     if "ctranslate2" in wanted and importlib.util.find_spec("ctranslate2") is None:
         print("ctranslate2 is not installed and is left out")
         wanted.remove("ctranslate2")
@@ -225,7 +229,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**machine(), "dtype": args.dtype, "threads": torch.get_num_threads()}
-    stem = "generate" if ON_GPU else "generate_cpu"
+    stem = "generate" if ON_GPU else "generate_cpu_int8" if args.dtype == "int8" else "generate_cpu"
     (args.out / f"{stem}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if not can_plot():
         return

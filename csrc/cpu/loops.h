@@ -315,6 +315,28 @@ inline void log_softmax(float* row, int types) {
   for (; i < types; ++i) row[i] -= subtrahend;
 }
 
+// out (C,) = 128 + x / scale, rounded to even; scale is the largest |x| / 127.
+inline void quantize(uint8_t* out, float* scale, const float* x, int columns) {
+  typedef uint8_t Bytes __attribute__((vector_size(W), aligned(1), may_alias));
+  Vector most{};
+  int i = 0;
+  for (; i + W <= columns; i += W) {
+    const Vector v = load(x + i);
+    most = larger(most, larger(v, -v));
+  }
+  float top = largest(most);
+  for (int rest = i; rest < columns; ++rest) top = std::max(top, std::abs(x[rest]));
+  *scale = std::max(top / 127.0f, std::numeric_limits<float>::min());
+  const float inverse = 1.0f / *scale;
+  for (i = 0; i + W <= columns; i += W) {
+    const Vector shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23: the last byte is the integer
+    Integers bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    *reinterpret_cast<Bytes*>(out + i) = __builtin_convertvector((bits + 128) & 255, Bytes);
+  }
+  for (; i < columns; ++i) out[i] = static_cast<uint8_t>(128 + static_cast<int>(std::nearbyint(x[i] * inverse)));
+}
+
 inline bool any(Integers lanes) {
   int64_t words[W / 2], all = 0;
   std::memcpy(words, &lanes, sizeof(words));

@@ -1,5 +1,5 @@
-// lightseq_cpu::encode, decoder_step, log_softmax_ and best_continuations: generation on the CPU. Schemas stand at the
-// end; what they compute is said in lightseq_fairseq/ops/cpu.py, and lightseq_fairseq/layers/compiled.py makes their
+// lightseq_cpu::encode, decoder_step, quantize_rows, log_softmax_ and best_continuations: generation on the CPU. Schemas
+// stand at the end; what they compute is said in lightseq_fairseq/ops/cpu.py, and lightseq_fairseq/layers/compiled.py makes their
 // arguments.
 //
 // Only LibTorch's stable ABI is used, so one build serves every torch from 2.10 on and every Python.
@@ -316,6 +316,20 @@ void log_softmax_(Tensor table, int64_t lanes) {
   });
 }
 
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, int64_t lanes) {
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  Tensor bytes = torch::stable::new_empty(x, {rows, columns}, ScalarType::Byte);
+  Tensor scales = torch::stable::new_empty(x, {rows, 1});
+  torch::stable::parallel_for(0, rows, share(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      LIGHTSEQ_DISPATCH(lanes, quantize(data<uint8_t>(bytes) + row * columns, data<float>(scales) + row,
+                                        data<float>(x) + row * columns, static_cast<int>(columns)));
+    }
+  });
+  return {bytes, scales};
+}
+
 std::tuple<Tensor, Tensor, Tensor> best_continuations(Tensor table, std::optional<Tensor> scores, int64_t count,
                                                       int64_t lanes) {
   const int64_t batch = table.size(0), rows = table.size(1), types = table.size(2);
@@ -344,6 +358,7 @@ STABLE_TORCH_LIBRARY(lightseq_cpu, m) {
       " Tensor? parents, Tensor live, Tensor(a!) cache, Tensor(b!) paths, Tensor? sources, Tensor? starts,"
       " Tensor? lengths, Tensor(c!)? attention, int step, int lanes) -> Tensor");
   m.def("encode(Tensor packed, Tensor shape, float eps, Tensor(a!) x, Tensor cu_seqlens, int lanes) -> ()");
+  m.def("quantize_rows(Tensor x, int lanes) -> (Tensor, Tensor)");
   m.def("log_softmax_(Tensor(a!) table, int lanes) -> ()");
   m.def("best_continuations(Tensor table, Tensor? scores, int count, int lanes) -> (Tensor, Tensor, Tensor)");
 }
@@ -351,6 +366,7 @@ STABLE_TORCH_LIBRARY(lightseq_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(lightseq_cpu, CPU, m) {
   m.impl("decoder_step", TORCH_BOX(&lightseq::cpu::decoder_step));
   m.impl("encode", TORCH_BOX(&lightseq::cpu::encode));
+  m.impl("quantize_rows", TORCH_BOX(&lightseq::cpu::quantize_rows));
   m.impl("log_softmax_", TORCH_BOX(&lightseq::cpu::log_softmax_));
   m.impl("best_continuations", TORCH_BOX(&lightseq::cpu::best_continuations));
 }

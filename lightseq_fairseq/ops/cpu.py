@@ -2,6 +2,7 @@
 
     encode               embedded sources through a whole encoder: see CompiledEncoder in layers/compiled.py
     decoder_step         one token of every beam through a whole decoder: see CompiledDecoder there
+    quantize_rows        x (N, I) -> 128 + x / scale as bytes (N, I), and the scale of each row (N, 1): see linear.py
     log_softmax_         table (B, R, V) -= log sum exp(table) of each row
     best_continuations   table (B, R, V), scores (B, R) or None -> the ``count`` largest of table + scores of each
                          sentence, best first, earlier first among equals: values, tokens and rows, (B, count) each

@@ -19,6 +19,7 @@ after Bhandare et al. 2019 (https://arxiv.org/abs/1906.00532), without their cal
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
 from lightseq_fairseq.ops.bias_activation_dropout import bias_activation_dropout
+from lightseq_fairseq.ops.cpu import compiled_operators
 
 _FUSED_ACTIVATIONS = {"linear": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"),
                       "gelu_accurate": ("gelu", "tanh"), "gelu_fast": ("gelu", "tanh"), "swish": ("swish", ""),
@@ -68,6 +70,12 @@ def has_int8() -> bool:
     return _INT8 is not None
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, I) fp32 -> 128 + integers in [-127, 127], (N, I) uint8, and what each row is to be multiplied by, (N, 1)."""
+    scale = x.abs().amax(1, keepdim=True).mul_(1 / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x / scale).round_().add_(_ORIGIN).to(torch.uint8), scale
+
+
 class _Int8Weight:
     """(O, I) in 8 bits, one scale for each output."""
 
@@ -79,12 +87,13 @@ class _Int8Weight:
         self.packed = prepack(integers, None)
         self._zeros, self._one = torch.zeros(weight.size(0), dtype=torch.int32), torch.ones(1)
         self._origin = torch.tensor([_ORIGIN], dtype=torch.int32)
+        compiled = compiled_operators()
+        self._quantize = quantize_rows if compiled is None else functools.partial(compiled.quantize_rows, lanes=0)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(N, I) -> (N, O), fp32."""
-        row_scale = x.abs().amax(1, keepdim=True).mul_(1 / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-        integers = (x / row_scale).round_().add_(_ORIGIN).to(torch.uint8)
-        y = self._linear(integers, self._one, self._origin, self.packed, self.scale, self._zeros, None, 1.0, 0,
+        bytes_, row_scale = self._quantize(x)
+        y = self._linear(bytes_, self._one, self._origin, self.packed, self.scale, self._zeros, None, 1.0, 0,
                          torch.float32, "none", [], "")
         return y.mul_(row_scale) if bias is None else torch.addcmul(bias, y, row_scale)
 

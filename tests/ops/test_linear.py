@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
-from lightseq_fairseq.ops.linear import InferenceLinear, has_int8
+from lightseq_fairseq.ops.cpu import compiled_operators
+from lightseq_fairseq.ops.linear import InferenceLinear, has_int8, quantize_rows
 
 pytestmark = pytest.mark.skipif(not has_int8(), reason="this build of torch lacks oneDNN's 8-bit operators")
 SIZES = [(1, 16, 16), (3, 37, 53), (5, 512, 129), (67, 96, 64)]
@@ -40,6 +41,20 @@ def test_rows_do_not_know_one_another():
     together = linear(x)
     for row in range(7):
         torch.testing.assert_close(linear(x[row:row + 1])[0], together[row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows, inner", [(1, 1), (3, 7), (5, 64), (2, 1025)])
+def test_compiled_and_plain_quantization_agree(rows, inner):
+    compiled = compiled_operators()
+    if compiled is None:
+        pytest.skip("there is no compiler, hence no compiled operator")
+    x = operands(rows, inner, 1)[0]
+    x[-1] = 0
+    for lanes in (0, 4, 8, 16):
+        (mine, scale), (want, wanted) = compiled.quantize_rows(x, lanes), quantize_rows(x)
+        torch.testing.assert_close(scale, wanted)
+        assert mine.dtype == torch.uint8 and (mine.int() - want.int()).abs().max() <= 1  # halves may go either way
+        assert (mine != want).float().mean() < 0.01 and (mine[-1] == 128).all()
 
 
 def test_zeros_stay_zeros():
