@@ -70,7 +70,6 @@ def test_a_contender_that_fails_leaves_its_reason(monkeypatch):
      "at::native::(anonymous namespace)::LogSoftMaxForwardEpilogue>(...)", "loss"),
     ("void at::native::_scatter_gather_elementwise_kernel<128, 8, at::native::_cuda_scatter_gather(...)", "loss"),
     ("void lightseq::flat_adam::update<__half>(...)", "optimizer"),
-    ("void lightseq::fp8_cast::cast_many<__half>(...)", "casts to 8 bits"),
     ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::FusedAdamMathFunctor<float, 4>>",
      "optimizer"),
     ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>", "optimizer"),
