@@ -122,14 +122,18 @@ def columns_of(record: Array) -> list[Array]:
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` as one graph, after it has run once."""
+    """``work`` as one graph, after it has run once.
+
+    Other threads go on using CUDA meanwhile: fairseq's data loader pins memory in one of its own, which would end a
+    capture that heeds all threads.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -105,6 +106,26 @@ def test_other_searches(options, device):
     model = Transformer(random_model(seed=3), device)
     compare(model, sentences(7), beam=4, **options)
     compare(model, sentences(3), torch.tensor([[7, 1], [8, 9], [5, 2]]), beam=4, **options)
+
+
+def test_graphs_are_captured_while_another_thread_pins_memory(device):
+    """fairseq's data loader has such a thread, which no test had: searches were tested without a data loader."""
+    if device.type != "cuda":
+        pytest.skip("graphs are CUDA's")
+    ends = threading.Event()
+
+    def pin():
+        while not ends.is_set():
+            torch.empty(1 << 16).pin_memory()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        for batch in (1, 5, 14):
+            compare(Transformer(random_model(seed=batch), device), sentences(batch, seed=batch), beam=4)
+    finally:
+        ends.set()
+        thread.join()
 
 
 class Uniforms:

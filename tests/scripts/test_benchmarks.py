@@ -128,6 +128,10 @@ def test_the_readme_shows_what_was_measured():
     for name, unit in (("generate", "ms"), ("generate_cpu", "ms_per_step")):
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         assert script("benchmark_generate").table(rows, unit) in readme, name
+    rows = json.loads((results / "models.json").read_text())["rows"]
+    for ours in (False, True):
+        numbers = [row["ms"] for row in rows if (row["contender"] == "lightseq") == ours]
+        assert " | ".join(f"{x:.1f}" if x >= 1 else f"{x:.2f}" for x in numbers) in readme
     for row in json.loads((results / "commands.json").read_text())["rows"]:
         assert f"{round(row['words_per_s'], -3):,}".replace(",", " ") in " ".join(readme.split()), row
     for dtype in ("fp16", "bf16"):
