@@ -63,8 +63,35 @@ class _Model:
             model, beside = from_huggingface(path).model, Path(path)
         else:
             model, beside = model_file.load(path), Path(path).with_suffix(".tokenizer")
+        return cls._of(model, max_batch_size, device, dtype, _generation_config(beside), options)
+
+    @classmethod
+    def from_torch(cls: type[Model], model: Any, max_batch_size: int = 128,
+                   device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+                   **options: Any) -> Model:
+        """``model`` is one of transformers in memory, whose weights are copied as they are now; otherwise as
+        :meth:`from_pretrained`, its ``generation_config`` being what suggests options."""
+        from lightseq_fairseq.export import huggingface
+
+        suggested = getattr(model, "generation_config", None)
+        return cls._of(huggingface.from_torch(model).model, max_batch_size, device, dtype,
+                       {} if suggested is None else _suggested_by(suggested.to_dict()), options)
+
+    @classmethod
+    def from_fairseq_pretrained(cls: type[Model], checkpoint: FilePath, data_bin: FilePath | None = None,
+                                max_batch_size: int = 128, device: torch.device | str | None = None,
+                                dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+        """``checkpoint`` is fairseq's; ``data_bin`` holds its dictionaries, if not where it was trained. ExportError
+        for what lightseq-export does not take either."""
+        from lightseq_fairseq.export.fairseq import from_checkpoints
+
+        return cls._of(from_checkpoints([checkpoint], data_bin), max_batch_size, device, dtype, {}, options)
+
+    @classmethod
+    def _of(cls: type[Model], model: ModelFile, max_batch_size: int, device: torch.device | str | None,
+            dtype: torch.dtype, suggested: dict[str, Any], options: dict[str, Any]) -> Model:
         made = cls.__new__(cls)
-        made._set_up(model, max_batch_size, device, dtype, _generation_config(beside), options)
+        made._set_up(model, max_batch_size, device, dtype, suggested, options)
         return made
 
     def _set_up(self, model: ModelFile, max_batch_size: int, device: torch.device | str | None, dtype: torch.dtype,
@@ -236,13 +263,18 @@ class Gpt(_Model):
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
-    """GenerationOptions that generation_config.json of ``folder`` suggests by its num_beams, length_penalty,
-    min_length, no_repeat_ngram_size, do_sample, temperature, top_k and top_p; "first_tokens", which every target begins
-    with (forced_bos_token_id); "max_length". Empty where there is no such file."""
+    """What generation_config.json of ``folder`` suggests; nothing where there is no such file."""
     try:
         found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     except OSError:
         return {}
+    return _suggested_by(found)
+
+
+def _suggested_by(found: dict[str, Any]) -> dict[str, Any]:
+    """GenerationOptions that a generation_config suggests by its num_beams, length_penalty, min_length,
+    no_repeat_ngram_size, do_sample, temperature, top_k and top_p; "first_tokens", which every target begins with
+    (forced_bos_token_id); "max_length"."""
     suggested: dict[str, Any] = {}
     for theirs, ours in (("length_penalty", "lenpen"), ("no_repeat_ngram_size", "no_repeat_ngram_size"),
                          ("max_length", "max_length")):

@@ -13,7 +13,9 @@ import torch
 
 import lightseq_fairseq.inference as lsi
 from lightseq_fairseq.cli.export import main as export
+from lightseq_fairseq.export.checkpoint import ExportError
 from lightseq_fairseq.generator.options import GenerationError
+from tests.export.checkpoints import TINY, write_checkpoint
 from tests.export.hugging_face_models import folder_of, random_model
 from tests.export.test_huggingface import HIDDEN, NAMES, padded, texts
 from tests.generator.test_language_model import hugging_face, until_eos
@@ -105,6 +107,41 @@ def test_bart(name, beam, early, saved, device):
             decoder_start_token_id=bart.config.start)
     for found, row in zip(tokens[:, 0].tolist(), expected[:, 1:].tolist(), strict=True):
         assert until_eos(found, eos) == until_eos(row, eos)
+
+
+@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+def test_a_model_in_memory_is_as_good_as_its_folder(name, tmp_path, device):
+    stock = random_model(name)
+    if getattr(stock, "generation_config", None) is not None:
+        stock.generation_config.num_beams, stock.generation_config.length_penalty = 3, 0.7
+    rows = [row.tolist() for row in texts(LENGTHS)]
+    kind = next(kind for kind, names in NAMES.items() if name in names)
+    cls = {"encoder": lsi.Bert, "decoder": lsi.Gpt, "encoder-decoder": lsi.Bart}[kind]
+    call = {"encoder": "infer", "decoder": "sample", "encoder-decoder": "infer"}[kind]
+    folder = cls.from_pretrained(folder_of(stock, tmp_path), 3, device)
+    memory = cls.from_torch(stock, 3, device)
+    with torch.no_grad():
+        next(stock.parameters()).zero_()  # the weights were copied
+    for one, other in zip(*(np.atleast_1d(getattr(model, call)(rows)) if call == "sample" or kind == "encoder"
+                            else getattr(model, call)(rows) for model in (folder, memory)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ExportError, match="expected a model of transformers, got Linear"):
+        lsi.Bert.from_torch(torch.nn.Linear(2, 2))
+
+
+def test_a_checkpoint_of_fairseq(data_bin, tmp_path, device):
+    from fairseq.data import Dictionary
+
+    write_checkpoint(tmp_path / "checkpoint.pt", data_bin, *TINY)
+    model = lsi.Transformer.from_fairseq_pretrained(tmp_path / "checkpoint.pt", data_bin, 3, device, beam=2)
+    size = len(Dictionary.load(str(data_bin / "dict.xx.txt")))
+    ids, scores = model.infer([[4, 5, size - 1, 2], [6, 2]])
+    assert ids.shape[:2] == scores.shape == (2, 2) and (scores[:, 0] >= scores[:, 1]).all()
+    with pytest.raises(GenerationError, match="use Transformer or Bart"):
+        lsi.Gpt.from_fairseq_pretrained(tmp_path / "checkpoint.pt", data_bin)
 
 
 def test_what_generation_config_suggests(tmp_path, device):

@@ -116,8 +116,22 @@ def from_huggingface(folder: str | os.PathLike[str]) -> HuggingFaceModel:
                           f"({error.strerror or error}); a model of the hub must be downloaded first") from error
     except ValueError as error:
         raise ExportError(f"{folder}/config.json: not JSON ({error})") from error
+    return _converted(str(folder), config, lambda: _read_weights(Path(folder)))
+
+
+def from_torch(model: Any) -> HuggingFaceModel:
+    """As :func:`from_huggingface`, of a model of transformers in memory, whose weights are copied."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict") or not hasattr(model, "state_dict"):
+        raise ExportError(f"expected a model of transformers, got {type(model).__name__}")
+    return _converted(type(model).__name__, config.to_dict(), lambda: {
+        name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in model.state_dict().items()})
+
+
+def _converted(folder: str, config: Config, weights: Callable[[], Tensors]) -> HuggingFaceModel:
+    """``folder`` names the model in messages."""
     kind = config.get("model_type")
-    family = FAMILIES.get(kind)
+    family = FAMILIES.get(str(kind))
     if family is None:
         reason = REFUSED.get(str(kind))
         raise ExportError(f"{folder}: models of type {kind!r} cannot be exported" + (f" ({reason})" if reason else "")
@@ -127,7 +141,7 @@ def from_huggingface(folder: str | os.PathLike[str]) -> HuggingFaceModel:
     if wrong:
         raise ExportError(f"{folder}: {', '.join(wrong)} cannot be exported")
     try:
-        tensors, dropped = _rename(_read_weights(Path(folder)), family)
+        tensors, dropped = _rename(weights(), family)
         described = family.config(config, tensors)
         return HuggingFaceModel(ModelFile(described, complete_tensors(described, tensors)), tuple(dropped))
     except KeyError as error:
