@@ -108,3 +108,18 @@ def scramble(model: torch.nn.Module, seed: int = 3, scale: float = 0.1) -> torch
             if name.endswith("embed_tokens.weight"):
                 parameter[1].zero_()
     return model
+
+
+@pytest.fixture(scope="session")
+def text_bin(toy_text, tmp_path_factory):
+    """One language, binarised."""
+    from fairseq import options
+    from fairseq_cli import preprocess as command
+
+    folder = tmp_path_factory.mktemp("text-bin")
+    args = options.get_preprocessing_parser().parse_args(
+        ["--only-source", "--trainpref", str(toy_text / "train.xx"), "--validpref", str(toy_text / "valid.xx"),
+         "--destdir", str(folder)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        command.main(args)
+    return folder

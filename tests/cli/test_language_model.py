@@ -12,7 +12,7 @@ from tests.cli.conftest import run_command
 from tests.cli.test_generate import assert_same_lines
 from tests.cli.test_generate_interactive import timeless
 from tests.conftest import scramble
-from tests.plugin.test_ls_transformer_lm import OPTIONS, SMALL, build, text_bin  # noqa: F401  a fixture
+from tests.plugin.test_ls_transformer_lm import OPTIONS, SMALL, build
 
 LINES = "w1 w2 w3\nw4\n\nw5 nonsense w6\nw7 w8 w9 w10 w11 w12\n"
 
@@ -48,7 +48,7 @@ def stock_lines(command, *arguments, stdin=""):
 
 @pytest.mark.parametrize("batch", ["--buffer-size 9 --batch-size 3 --min-len 0", "--buffer-size 1"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_lines_are_continued_as_fairseq_does(option, batch, text_bin, tmp_path):  # noqa: F811
+def test_lines_are_continued_as_fairseq_does(option, batch, text_bin, tmp_path):
     """In a batch fairseq lifts --min-len from a line as long as any line has a prefix, so that is left out there."""
     path = checkpoint(tmp_path, text_bin, "transformer_lm", *OPTIONS[option])
     arguments = (text_bin, "--path", path, "--task", "language_modeling", "--cpu", *batch.split(), "--beam", 4,
@@ -59,7 +59,7 @@ def test_lines_are_continued_as_fairseq_does(option, batch, text_bin, tmp_path):
 
 
 @pytest.mark.parametrize("options", ["--beam 1", "--beam 3 --lenpen 0.5 --min-len 9", "--beam 2 --unkpen 3"])
-def test_a_model_file_continues_a_test_set(options, text_bin, tmp_path):  # noqa: F811
+def test_a_model_file_continues_a_test_set(options, text_bin, tmp_path):
     path = checkpoint(tmp_path, text_bin, "ls_transformer_lm", "--share-decoder-input-output-embed")
     status, lines, errors = run_command(lambda: export.main([str(path), "-o", str(tmp_path / "lm.pb")]))
     assert status == 0, errors
@@ -72,7 +72,7 @@ def test_a_model_file_continues_a_test_set(options, text_bin, tmp_path):  # noqa
     assert_same_lines(timeless(found), timeless(stock_lines(generate, *common, "--path", path)))
 
 
-def test_the_dictionary_comes_along(text_bin, tmp_path):  # noqa: F811
+def test_the_dictionary_comes_along(text_bin, tmp_path):
     path = checkpoint(tmp_path, text_bin, "transformer_lm_gpt2_tiny")
     assert export.main([str(path), "-o", str(tmp_path / "lm.hdf5")]) == 0
     model = model_file.load(tmp_path / "lm.hdf5")
@@ -83,7 +83,7 @@ def test_the_dictionary_comes_along(text_bin, tmp_path):  # noqa: F811
     assert generator.encode_line(f"{first} {second} nobody") == [2, 4, 5, 3]
 
 
-def test_models_of_another_task_are_refused(text_bin, data_bin, tmp_path):  # noqa: F811
+def test_models_of_another_task_are_refused(text_bin, data_bin, tmp_path):
     path = checkpoint(tmp_path, text_bin, "transformer_lm")
     status, _, errors = run_command(interactive.main, text_bin, "--path", path, "--task", "translation_lev", "--cpu",
                                     stdin="w1\n")

@@ -14,7 +14,7 @@ from lightseq_fairseq.export import ExportError, from_checkpoints
 from lightseq_fairseq.generator.text_encoder import TextEncoder
 from lightseq_fairseq.model_file import load, save
 from tests import tolerances
-from tests.plugin.test_ls_roberta import KINDS, SMALL, build, text_bin  # noqa: F401  a fixture
+from tests.plugin.test_ls_roberta import KINDS, SMALL, build
 
 
 def train(data, folder, prefix, kind):
@@ -33,7 +33,7 @@ def train(data, folder, prefix, kind):
 
 @pytest.mark.parametrize("prefix", ["", "ls_"], ids=["stock", "ours"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_fairseqs(kind, prefix, text_bin, tmp_path, device):  # noqa: F811
+def test_features_are_fairseqs(kind, prefix, text_bin, tmp_path, device):
     checkpoint = train(text_bin, tmp_path, prefix, kind)
     arch, options = KINDS[kind]
     _, stock, _ = build(text_bin, arch, "masked_lm", *options)
@@ -50,7 +50,7 @@ def test_features_are_fairseqs(kind, prefix, text_bin, tmp_path, device):  # noq
     torch.testing.assert_close(found[real], expected[real], **tolerances.LAYER)
 
 
-def test_another_dictionary_is_refused(text_bin, data_bin, tmp_path):  # noqa: F811
+def test_another_dictionary_is_refused(text_bin, data_bin, tmp_path):
     checkpoint = train(text_bin, tmp_path, "ls_", "base")
     (tmp_path / "dict.txt").write_text("w1 1\nw2 1\n")
     with pytest.raises(ExportError, match=r"expected a dictionary of \d+ types, got 6"):

@@ -9,11 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from fairseq import options as fairseq_options
 
-from lightseq_fairseq import fairseq_compat
 from tests import tolerances
 from tests.conftest import scramble
+from tests.plugin.monolingual import build_of_task
 
 SMALL = ["--encoder-layers", "2", "--encoder-embed-dim", "24", "--encoder-ffn-embed-dim", "40",
          "--encoder-attention-heads", "4", "--dropout", "0", "--attention-dropout", "0"]
@@ -25,36 +24,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def text_bin(toy_text, tmp_path_factory):
-    """One language, binarised."""
-    from fairseq_cli import preprocess
-
-    folder = tmp_path_factory.mktemp("mlm-bin")
-    args = fairseq_options.get_preprocessing_parser().parse_args(
-        ["--only-source", "--trainpref", str(toy_text / "train.xx"), "--validpref", str(toy_text / "valid.xx"),
-         "--destdir", str(folder)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        preprocess.main(args)
-    return folder
-
-
 def build(data, arch, criterion, *flags):
-    """Task, model of one seed, criterion."""
-    from fairseq import tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    fairseq_compat.apply()
-    import lightseq_fairseq.plugin  # noqa: F401
-
-    parser = fairseq_options.get_training_parser("masked_lm")
-    args = fairseq_options.parse_args_and_arch(
-        parser, [str(data), "--task", "masked_lm", "--arch", arch, "--criterion", criterion, *SMALL,
-                 "--tokens-per-sample", "40", "--sample-break-mode", "eos", "--mask-prob", "0.3", "--cpu", *flags])
-    cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    torch.manual_seed(7)
-    return task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    return build_of_task("masked_lm", data, arch, criterion, *SMALL, "--tokens-per-sample", "40",
+                         "--mask-prob", "0.3", *flags)
 
 
 def pair(data, kind="base", *flags):

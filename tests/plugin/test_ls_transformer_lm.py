@@ -10,11 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
-from fairseq import options as fairseq_options
 
-from lightseq_fairseq import fairseq_compat
 from tests import tolerances
 from tests.conftest import scramble
+from tests.plugin.monolingual import build_of_task
 
 SMALL = ["--decoder-layers", "2", "--decoder-embed-dim", "24", "--decoder-ffn-embed-dim", "40",
          "--decoder-attention-heads", "4", "--decoder-input-dim", "24", "--decoder-output-dim", "24", "--dropout", "0"]
@@ -29,36 +28,8 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def text_bin(toy_text, tmp_path_factory):
-    """One language, binarised."""
-    from fairseq_cli import preprocess
-
-    folder = tmp_path_factory.mktemp("lm-bin")
-    args = fairseq_options.get_preprocessing_parser().parse_args(
-        ["--only-source", "--trainpref", str(toy_text / "train.xx"), "--validpref", str(toy_text / "valid.xx"),
-         "--destdir", str(folder)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        preprocess.main(args)
-    return folder
-
-
 def build(data, arch, criterion, *flags):
-    """Task, model of one seed, criterion."""
-    from fairseq import tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    fairseq_compat.apply()
-    import lightseq_fairseq.plugin  # noqa: F401
-
-    parser = fairseq_options.get_training_parser("language_modeling")
-    args = fairseq_options.parse_args_and_arch(
-        parser, [str(data), "--task", "language_modeling", "--arch", arch, "--criterion", criterion, *SMALL,
-                 "--tokens-per-sample", "30", "--sample-break-mode", "eos", "--cpu", *flags])
-    cfg = convert_namespace_to_omegaconf(args)
-    task = tasks.setup_task(cfg.task)
-    torch.manual_seed(7)
-    return task, task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    return build_of_task("language_modeling", data, arch, criterion, *SMALL, "--tokens-per-sample", "30", *flags)
 
 
 def pair(data, *flags):
