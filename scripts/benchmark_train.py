@@ -37,19 +37,21 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
 ARCHITECTURES = {"base": "transformer_wmt_en_de", "big": "transformer_wmt_en_de_big"}
 CONTENDERS = ("fairseq", "lightseq")
+OURS = ("lightseq", "lightseq-fp8")
 
 
 def training_arguments(contender: str, case: str, data: str, dtype: str) -> list[str]:
-    """The command line of one contender; only the three names differ."""
+    """The command line of one contender; only the three names differ, and for lightseq-fp8 the option --ls-fp8."""
     size, max_tokens = case.split("-")
-    prefix = "ls_" if contender == "lightseq" else ""
+    prefix = "ls_" if contender in OURS else ""
     precision = {"fp16": ["--fp16"], "bf16": ["--bf16"], "fp32": []}[dtype]
     return [data, "--task", "translation", "--arch", prefix + ARCHITECTURES[size], "--share-all-embeddings",
             "--dropout", "0.1", "--criterion", prefix + "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
             "--optimizer", prefix + "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4",
             "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4000", "--clip-norm", "0.0",
             "--max-tokens", max_tokens, "--fp16-init-scale", "128", "--no-progress-bar", "--num-workers", "0",
-            *precision, *([] if torch.cuda.is_available() else ["--cpu"])]
+            *precision, *(["--ls-fp8"] if contender == "lightseq-fp8" else []),
+            *([] if torch.cuda.is_available() else ["--cpu"])]
 
 
 def build_trainer(contender: str, arguments: list[str]) -> tuple[Any, list[Any]]:
@@ -66,7 +68,7 @@ def build_trainer(contender: str, arguments: list[str]) -> tuple[Any, list[Any]]
     task = tasks.setup_task(cfg.task)
     task.load_dataset("train")
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    trainer = (LSTrainer if contender == "lightseq" else Trainer)(cfg, task, model, criterion)
+    trainer = (LSTrainer if contender in OURS else Trainer)(cfg, task, model, criterion)
     if contender == "compile":
         model.compile(dynamic=True)
     epoch = trainer.get_train_iterator(epoch=1, load_dataset=False)
@@ -110,7 +112,7 @@ def measure(contender: str, case: str, dtype: str, args: argparse.Namespace) -> 
     run_steps(trainer, batches)
     run_steps(trainer, batches)  # whatever the first time has only prepared is done the second time
     seconds = statistics.median(run_steps(trainer, batches) for _ in range(args.repeats))
-    if contender == "lightseq" and torch.cuda.is_available() and trainer.obstacle:
+    if contender in OURS and torch.cuda.is_available() and trainer.obstacle:
         raise SystemExit(f"{case}: steps were not taken as graphs ({trainer.obstacle})")
     ms, row = seconds / len(batches) * 1e3, {"case": case, "dtype": dtype, "contender": contender}
     if args.profile:
@@ -194,7 +196,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="batches, the same for both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(CONTENDERS),
-                        help="compile as well: fairseq under torch.compile, which compiles for minutes")
+                        help="compile as well: fairseq under torch.compile, which compiles for minutes; lightseq-fp8: "
+                             "ours with --ls-fp8 (fp16 or bf16)")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes (on a GPU)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -212,6 +215,9 @@ def main() -> None:
             ratio = pair["fairseq"]["ms"] / pair["lightseq"]["ms"]
             pair["lightseq"]["ratio"] = round(ratio, 2)
             print(f"{case}, {dtype}: {ratio:.2f} times as fast as stock fairseq", flush=True)
+        if pair.keys() >= set(OURS) and not args.profile:
+            ratio = pair["lightseq"]["ms"] / pair["lightseq-fp8"]["ms"]
+            print(f"{case}, {dtype}: --ls-fp8 {ratio:.2f} times as fast as without", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = machine()
     title = f"{about['gpu']}, torch {about['torch']}"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 KERNEL_CLASSES = (
     ("communication", r"nccl"),
+    ("casts to 8 bits", r"lightseq::fp8_cast"),
     ("loss", r"lightseq::cross_entropy|log_?softmax|nll_loss|cross_entropy|scatter_gather|argmax|\bgather"),
     ("attention", r"lightseq::attention|flash|fmha|sdpa|attention|softmax"),
     ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|splitk|gemv|tensorop"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightseq_fairseq.generator.hypotheses import Array, Step
 from lightseq_fairseq.generator.options import GenerationOptions
+from lightseq_fairseq.layers.capture import capture
 from lightseq_fairseq.layers.decode_step import DecodeBuffers, DecodeStep
 from lightseq_fairseq.ops.beam_step import SETTINGS, Settings, beam_step_, token_statistics
 from lightseq_fairseq.ops.block_ngrams import block_ngrams_
@@ -122,18 +123,15 @@ def columns_of(record: Array) -> list[Array]:
 
 
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` as one graph, after it has run once.
-
-    Other threads go on using CUDA meanwhile: fairseq's data loader pins memory in one of its own, which would end a
-    capture that heeds all threads.
-    """
+    """``work`` as one graph, after it has run once."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.empty_cache()  # a graph's memory is its own
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with capture(graph, stream):
         work()
     return graph.replay
 

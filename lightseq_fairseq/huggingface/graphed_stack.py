@@ -24,6 +24,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from lightseq_fairseq.huggingface.caching_attention import CachingAttention, fill_cache
 from lightseq_fairseq.huggingface.packed_layer import LayerInputs, PackedLayer, Run
 from lightseq_fairseq.layers import Packing
+from lightseq_fairseq.layers.capture import capture
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +265,7 @@ class GraphedStack:
             torch.cuda.current_stream().wait_stream(self.stream)
             for work in passes_needed:
                 graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(graphs[-1], self.pool, self.stream, capture_error_mode="thread_local"):
+                with capture(graphs[-1], self.stream, self.pool):
                     work()
         return passes._replace(forward=graphs[0].replay, backward=graphs[-1].replay)
 

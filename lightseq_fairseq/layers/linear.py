@@ -17,28 +17,29 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightseq_fairseq import ops
+from lightseq_fairseq.layers.fp8 import DelayedScaling, WeightProduct
 
 
 class WeightGradients:
     """Puts gradients of linear maps into ``grad`` (P,), whose places are those of the parameters in ``param`` (P,).
 
     Active from ``with gradients:`` to its end, for the forward and the backward pass of one micro-batch. What it wrote
-    is there for the current stream after :meth:`join`.
+    is there for the current stream after :meth:`join`. With ``fp8``, the maps that it takes multiply in 8 bits.
     """
 
     _active: ClassVar[WeightGradients | None] = None
     _AHEAD = 8
     """Products under way before the oldest of them are waited for, and their operands' memory is used again."""
 
-    def __init__(self, param: Tensor, grad: Tensor) -> None:
-        self.param, self.grad = param, grad
+    def __init__(self, param: Tensor, grad: Tensor, fp8: DelayedScaling | None = None) -> None:
+        self.param, self.grad, self.fp8 = param, grad, fp8
         self.stream = torch.cuda.Stream(param.device) if param.is_cuda else None
         self.written: set[int] = set()
         """Addresses of the parameters that have a gradient of this micro-batch in ``grad``."""
         self.on_written: Callable[[Sequence[Tensor]], None] | None = None
         """Told of the parameters of each product, in the stream in which it is there."""
         self._add = False
-        self._under_way: deque[tuple[Any, Tensor, Tensor]] = deque()
+        self._under_way: deque[tuple[Any, ...]] = deque()
 
     @classmethod
     def active(cls, parameters: Sequence[Tensor]) -> WeightGradients | None:
@@ -59,8 +60,12 @@ class WeightGradients:
     def __exit__(self, *_: object) -> None:
         WeightGradients._active = None
 
-    def product(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dy: Tensor, x: Tensor) -> None:
-        """The gradients of y = x W^T + b, of adjacent ``weights`` and ``biases``; dy (N, O), x (N, I)."""
+    def product(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dy: Tensor,
+                x: Tensor | WeightProduct) -> None:
+        """The gradients of y = x W^T + b, of adjacent ``weights`` and ``biases``; dy (N, O), x (N, I).
+
+        In place of ``x`` the product itself where it is in 8 bits; only the biases then need ``dy``.
+        """
         add = self._adds([*weights, *biases])
         if self.stream is None:
             self._compute(weights, biases, dy, x, add)
@@ -69,7 +74,8 @@ class WeightGradients:
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             self._compute(weights, biases, dy, x, add)
-        self._under_way.append((self.stream.record_event(), dy, x))
+        operands = (dy, x) if isinstance(x, Tensor) else (x.dy, x.x, *((dy,) if biases else ()))
+        self._under_way.append((self.stream.record_event(), *operands))
         if len(self._under_way) == 2 * self._AHEAD:
             for _ in range(self._AHEAD):
                 done, *_ = self._under_way.popleft()
@@ -104,10 +110,13 @@ class WeightGradients:
         self.written.update(parameter.data_ptr() for parameter in parameters)
         return self._add or bool(used)
 
-    def _compute(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dy: Tensor, x: Tensor, add: bool) -> None:
+    def _compute(self, weights: Sequence[Tensor], biases: Sequence[Tensor], dy: Tensor, x: Tensor | WeightProduct,
+                 add: bool) -> None:
         dweight = adjacent([self.place(weight) for weight in weights])
         assert dweight is not None
-        if add:
+        if isinstance(x, WeightProduct):
+            x.write(dweight, add)
+        elif add:
             dweight.addmm_(dy.t(), x)
         else:
             torch.mm(dy.t(), x, out=dweight)
@@ -166,23 +175,32 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, gradients: WeightGradients, fork: bool, count: int, x: Tensor,
                 *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
         weights, biases = parameters[:count], parameters[count:]
-        ctx.gradients, ctx.weights, ctx.biases = gradients, weights, biases
-        ctx.save_for_backward(x)
+        ctx.gradients, ctx.weights, ctx.biases, ctx.eight = gradients, weights, biases, None
         ctx.set_materialize_grads(False)
-        weight = adjacent(weights)
+        weight, bias = adjacent(weights), adjacent(biases) if biases else None
         assert weight is not None
-        return F.linear(x, weight, adjacent(biases) if biases else None), x.view_as(x) if fork else None
+        if gradients.fp8 is not None and gradients.fp8.takes(x, weight):
+            y, ctx.eight = gradients.fp8.forward(x, weight, bias)
+        else:
+            ctx.save_for_backward(x)
+            y = F.linear(x, weight, bias)
+        return y, x.view_as(x) if fork else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dresidual: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x,), gradients = ctx.saved_tensors, ctx.gradients
+        gradients = ctx.gradients
         none: tuple[None, ...] = (None,) * (len(ctx.weights) + len(ctx.biases))
         if dy is None:
             return None, None, None, dresidual, *none
         weight = adjacent(ctx.weights)
         assert weight is not None
         dy = dy.reshape(-1, weight.size(0))
+        if ctx.eight is not None:
+            dx, product = gradients.fp8.backward(ctx.eight, dy, ctx.needs_input_grad[3])
+            gradients.product(ctx.weights, ctx.biases, dy, product)
+            return None, None, None, dx if dresidual is None or dx is None else dx.add_(dresidual), *none
+        (x,) = ctx.saved_tensors
         gradients.product(ctx.weights, ctx.biases, dy, x)
         if not ctx.needs_input_grad[3]:
             dx = None

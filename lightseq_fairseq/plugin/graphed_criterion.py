@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightseq_fairseq.layers.capture import capture
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 from lightseq_fairseq.layers.encoder import TransformerEncoderLayer
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
@@ -192,7 +193,7 @@ class GraphedCriterion:
             torch.cuda.current_stream().wait_stream(stream)
             for work in functions:
                 graphs.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(graphs[-1], self.pool, stream, capture_error_mode="thread_local"):
+                with capture(graphs[-1], stream, self.pool):
                     work()
         return _Bucket(*(graph.replay for graph in graphs))
 

@@ -37,6 +37,7 @@ class LSBARTModel(PackedTransformer, BARTModel):
         """
         if packed_output and classification_head_name is None:
             return self.forward_packed_rows(src_tokens, prev_output_tokens, features_only), {}
+        self.refuse_fp8()
         return super().forward(src_tokens, src_lengths, prev_output_tokens, features_only, classification_head_name,
                                **kwargs)
 

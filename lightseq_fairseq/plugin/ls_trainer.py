@@ -20,6 +20,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 
+from lightseq_fairseq.layers.fp8 import DelayedScaling
 from lightseq_fairseq.plugin.balanced_shards import BalancedShards
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
 from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
@@ -55,6 +56,12 @@ class LSTrainer(Trainer):
     _step: WholeStep | None = None
     _pending: dict[str, Any] | None = None
     _train_iterator: Any = None
+    _fp8_state: dict[str, torch.Tensor] | None = None
+    """Of a checkpoint, for the step that is yet to be built."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refuse_fp8()
 
     # What can be a whole step ----------------------------------------------------------------------------------
 
@@ -89,6 +96,25 @@ class LSTrainer(Trainer):
         }
         return next((words for words, holds in obstacles.items() if holds), None)
 
+    def _refuse_fp8(self) -> None:
+        """ValueError that names everything in the way of --ls-fp8, if it is asked for."""
+        common, model = self.cfg.common, self.cfg.model
+        if not getattr(model, "ls_fp8", False):
+            if getattr(model, "ls_fp8_keep_output", False):
+                raise ValueError("--ls-fp8-keep-output says how --ls-fp8 multiplies: add that")
+            return
+        wrong = []
+        if not (common.fp16 or common.bf16):
+            wrong.append("it multiplies the tensors of 16-bit training: add --fp16 or --bf16")
+        if self.obstacle is not None:
+            wrong.append(f"it needs updates that are one graph, and these are not, because {self.obstacle}")
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
+            wrong.append("it needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and "
+                         f"{torch.cuda.get_device_name(self.device)} is of an earlier one")
+        if wrong:
+            raise ValueError(f"--ls-fp8: {'; '.join(wrong)}. Without --ls-fp8 this trains in "
+                             f"{'fp16' if common.fp16 else 'bf16' if common.bf16 else 'fp32'}")
+
     @property
     def use_distributed_wrapper(self) -> bool:
         """A whole step reduces gradients itself."""
@@ -108,7 +134,20 @@ class LSTrainer(Trainer):
             eps=group["eps"], weight_decay=group["weight_decay"],
             group=self.data_parallel_process_group if world > 1 else None, world_size=world)
         model = self.get_model()
-        return WholeStep(model, FlatStorage(self.optimizer, model.neighbouring_parameters()), config)
+        storage = FlatStorage(self.optimizer, model.neighbouring_parameters())
+        return WholeStep(model, storage, config, self._fp8_scaling(model, storage.param, config.group))
+
+    def _fp8_scaling(self, model: Any, param: torch.Tensor, group: Any) -> DelayedScaling | None:
+        if not getattr(self.cfg.model, "ls_fp8", False):
+            return None
+        kept = set()
+        if getattr(self.cfg.model, "ls_fp8_keep_output", False):
+            kept.add(model.decoder.output_projection.weight.data_ptr())
+        matrices = sum(parameter.dim() == 2 for parameter in model.parameters())
+        fp8 = DelayedScaling(param, 2 * matrices, kept, group)  # of a weight alone, and with its neighbours
+        if self._fp8_state is not None:
+            fp8.load_state_dict(self._fp8_state)
+        return fp8
 
     # Steps ------------------------------------------------------------------------------------------------------
 
@@ -309,13 +348,21 @@ class LSTrainer(Trainer):
         self.finish_steps()
         if self._step is not None:
             self._step.storage.write_back()
-        return super().state_dict()
+            if self._step.fp8 is not None:
+                self._fp8_state = self._step.fp8.state_dict()
+        state = super().state_dict()
+        if self._fp8_state is not None:
+            state["extra_state"]["ls_fp8"] = self._fp8_state
+        return state
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
         """fairseq's; what was captured before refers to storage that is no longer the optimizer's."""
         self.finish_steps()
         self._step = None
-        return super().load_checkpoint(*args, **kwargs)
+        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        kept = extra_state is not None and not reset_optimizer and getattr(self.cfg.model, "ls_fp8", False)
+        self._fp8_state = extra_state.get("ls_fp8") if kept else None
+        return extra_state
 
     def reinitialize(self) -> None:
         self._step = self._pending = None

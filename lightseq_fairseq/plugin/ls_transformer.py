@@ -278,11 +278,24 @@ class PackedTransformer:
     supports_packed_output = True
     encoder: LSTransformerEncoder
     decoder: LSTransformerDecoder
+    fp8 = False
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        super().add_args(parser)  # type: ignore[misc]
+        parser.add_argument("--ls-fp8", action="store_true",
+                            help="multiply matrices of training in 8 bits (FP8, delayed scaling), for lightseq-train "
+                                 "with --fp16 or --bf16 on GPUs from Ada and Hopper on; where a dimension is no "
+                                 "multiple of 16, a vocabulary's say, that product stays in 16 bits")
+        parser.add_argument("--ls-fp8-keep-output", action="store_true",
+                            help="with --ls-fp8: the output projection stays in 16 bits")
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
         refuse_unsupported(args)
-        return super().build_model(args, task)  # type: ignore[misc]
+        model = super().build_model(args, task)  # type: ignore[misc]
+        model.fp8 = getattr(args, "ls_fp8", False)
+        return model
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: nn.Embedding) -> LSTransformerEncoder:
@@ -298,6 +311,7 @@ class PackedTransformer:
     def forward_packed_rows(self, src_tokens: Tensor, prev_output_tokens: Tensor,
                             features_only: bool = False) -> Tensor:
         """(B, S) and (B, T) int64 -> logits (N, V) of the N target slots that are not padding, row by row."""
+        self.refuse_fp8()
         source_packing = Packing.of(src_tokens, self.encoder.padding_idx)
         packing = Packing.of(prev_output_tokens, self.decoder.padding_idx)
         return self.forward_packed(source_packing.pack(src_tokens), source_packing,
@@ -309,6 +323,12 @@ class PackedTransformer:
         source = self.encoder.encode(source_tokens, source_packing)
         x, _ = self.decoder.decode(previous_tokens, packing, source, source_packing)
         return x if features_only else self.decoder.output_layer(x)
+
+    def refuse_fp8(self) -> None:
+        """ValueError where a training that is to multiply in 8 bits comes by another way than a whole step's."""
+        if self.fp8 and self.training:  # type: ignore[attr-defined]
+            raise ValueError("--ls-fp8 multiplies in 8 bits in lightseq-train and lightseq-hydra-train alone: train "
+                             "with one of them, or leave it out")
 
     def neighbouring_parameters(self) -> list[list[Tensor]]:
         """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
@@ -336,6 +356,7 @@ class LSTransformerModel(PackedTransformer, TransformerModel):
         """
         if packed_output:
             return self.forward_packed_rows(src_tokens, prev_output_tokens, features_only), {}
+        self.refuse_fp8()
         encoder_out = self.encoder(src_tokens, src_lengths=src_lengths, return_all_hiddens=return_all_hiddens)
         return self.decoder(prev_output_tokens, encoder_out=encoder_out, features_only=features_only,
                             alignment_layer=alignment_layer, alignment_heads=alignment_heads,

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightseq_fairseq.layers.capture import capture
+from lightseq_fairseq.layers.fp8 import DelayedScaling
 from lightseq_fairseq.layers.linear import WeightGradients
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
 from lightseq_fairseq.ops.flat_adam import flat_adam_
@@ -70,10 +72,12 @@ class StepConfig:
 class WholeStep:
     """Updates of one model through flat storage, a graph for each (bucket, role of the micro-batch)."""
 
-    def __init__(self, model: Any, storage: FlatStorage, config: StepConfig) -> None:
-        self.model, self.storage, self.config = model, storage, config
+    def __init__(self, model: Any, storage: FlatStorage, config: StepConfig,
+                 fp8: DelayedScaling | None = None) -> None:
+        """``fp8``: of the model's linear maps, which then multiply in 8 bits."""
+        self.model, self.storage, self.config, self.fp8 = model, storage, config, fp8
         self.device = storage.master.device
-        self.weight_gradients = WeightGradients(storage.param, storage.grad)
+        self.weight_gradients = WeightGradients(storage.param, storage.grad, fp8)
         self.reduction = None
         if config.world_size > 1:
             self.reduction = GradientReduction(storage.grad, storage.params, storage.grads, config.group)
@@ -117,8 +121,11 @@ class WholeStep:
                 self.graphs[key] = self._capture(*key)
             self.graphs[key].replay()
         else:
-            self.warm = last  # a whole update: by it every rank learns in which order to reduce gradients
+            # a whole update: by it every rank learns in which order to reduce gradients, and which maps are in 8 bits
+            self.warm = last
             self._run(bucket, first, last)
+            if self.fp8 is not None and last:
+                self.fp8.settle()
         if last:
             slot = self.launched % 2
             self.landing[slot].copy_(self.result, non_blocking=True)
@@ -157,17 +164,12 @@ class WholeStep:
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-            # what the eager update held; torch.cuda.graph would do so, and wait, every time
+            # what the eager update held
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
         assert self.stream is not None
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")
-            try:
-                self._run(bucket, first, last)
-            finally:
-                graph.capture_end()
+        with capture(graph, self.stream, self.pool):
+            self._run(bucket, first, last)
         return graph
 
     def _run(self, bucket: Bucket, first: bool, last: bool) -> None:
@@ -181,6 +183,8 @@ class WholeStep:
         if self.reduction is not None and last:
             self.reduction.begin()
             self.weight_gradients.on_written = self.reduction.written
+        if self.fp8 is not None:
+            self.fp8.begin(first)
         with self._autograd(), self.weight_gradients.begin(first):
             logits = self.model.forward_packed(views.source_tokens, source_packing, views.previous_tokens,
                                                target_packing)
@@ -240,4 +244,6 @@ class WholeStep:
         flat_adam_(storage.master, storage.exp_avg, storage.exp_avg_sq, storage.param, storage.steps, self.norm,
                    storage.grad, storage.segments, lr, multiplier, max_norm=config.max_norm, beta1=config.beta1,
                    beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
+        if self.fp8 is not None:
+            self.fp8.end()
         self.result.copy_(torch.cat((self.sums, self.norm[None])))

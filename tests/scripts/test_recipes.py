@@ -29,8 +29,8 @@ def test_recipe_trains(recipe, program, joined_data_bin, tmp_path):
          "task.source_lang=xx", "task.target_lang=yy", "common.cpu=true", "common.fp16=false", *NARROW,
          "optimization.max_update=2", "dataset.max_tokens=400", f"checkpoint.save_dir={tmp_path}/checkpoints",
          f"hydra.run.dir={tmp_path}"],
-        check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
-        cwd=tmp_path)
+        check=True, stdout=subprocess.DEVNULL, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
     fairseq_compat.apply()  # the meters of --eval-bleu are among what may be loaded
     checkpoint = torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt", weights_only=True)
     assert checkpoint["cfg"]["model"]["_name"].startswith("ls_transformer")

@@ -1,0 +1,66 @@
+"""Captures go on whatever Python and other threads do meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+from lightseq_fairseq.layers.capture import capture
+
+
+@pytest.fixture
+def stream(device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU: run with --device cuda")
+    return torch.cuda.Stream()
+
+
+def doubled(x, stream, meanwhile):
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph, stream):
+        meanwhile()
+        y = x * 2
+    graph.replay()
+    return y
+
+
+def test_garbage_waits(stream, device):
+    """A trainer's graphs and pinned tensors lie in cycles, which are freed whenever Python happens to look for them."""
+    found = []
+
+    class Cycle:
+        def __init__(self, *kept):
+            self.kept, self.itself = kept, self
+
+        def __del__(self):
+            found.append(torch.cuda.is_current_stream_capturing())
+
+    x = torch.arange(5.0, device=device)
+    graph = torch.cuda.CUDAGraph()
+    with capture(graph, stream):
+        x + 1
+    Cycle(graph, torch.empty(1000, pin_memory=True))
+    del graph
+    assert doubled(x, stream, lambda: [[] for _ in range(200_000)]).tolist() == [0, 2, 4, 6, 8]
+    assert gc.isenabled()
+    gc.collect()
+    assert found == [False]
+
+
+def test_other_threads_pin_memory(stream, device):
+    def pin():
+        thread = threading.Thread(target=lambda: torch.empty(1 << 22, pin_memory=True))
+        thread.start()
+        thread.join()
+
+    assert doubled(torch.ones(3, device=device), stream, pin).tolist() == [2, 2, 2]
+
+
+def test_an_error_ends_the_capture(stream, device):
+    with pytest.raises(ZeroDivisionError):
+        doubled(torch.ones(3, device=device), stream, lambda: 1 // 0)
+    assert gc.isenabled() and not torch.cuda.is_current_stream_capturing()
+    assert doubled(torch.ones(3, device=device), stream, lambda: None).tolist() == [2, 2, 2]
