@@ -242,9 +242,9 @@ struct LogSum {
 // A block a sentence: grid (B,). logits (R, columns), statistics (R, tiles), settings, limits (B,), forced (B, steps),
 // state as in ops/beam_step.py. Dynamic shared memory: a key for each tile of each beam; for each element of the chosen
 // tiles, in the place of the former where one selection is all.
-template <typename T, Search SEARCH>
+template <typename L, typename T, Search SEARCH>
 __global__ void __launch_bounds__(kThreads)
-    step_of_sentence(const State state, const T* logits, const float2* statistics, const Settings* settings,
+    step_of_sentence(const State state, const L* logits, const float2* statistics, const Settings* settings,
                      const int* limits, const int* forced, int beams, int steps, const Types types,
                      const Embedding<T> embedding) {
   constexpr bool kTwice = SEARCH == Search::kBest || SEARCH == Search::kSiblings;  // candidates are twice the beams
@@ -499,8 +499,8 @@ void token_statistics(float2* statistics, const T* logits, const Settings* setti
 }
 
 // `steps` is the width of `forced` and of the ancestors.
-template <typename T>
-void step(Search search, const State& state, const T* logits, const float2* statistics, const Settings* settings,
+template <typename L, typename T>
+void step(Search search, const State& state, const L* logits, const float2* statistics, const Settings* settings,
           const int* limits, const int* forced, int batch, int beam, int steps, const Types& types,
           const Embedding<T>& embedding, cudaStream_t stream) {
   const int tiles = search == Search::kDrawn ? 0 : beam * (types.columns / kTile);
@@ -508,7 +508,7 @@ void step(Search search, const State& state, const T* logits, const float2* stat
   const auto launch = [&](auto constant) {
     constexpr Search SEARCH = decltype(constant)::value;
     const int items = SEARCH == Search::kBest ? std::max(tiles, elements) : tiles + elements;
-    launch_early("beam_step::step_of_sentence", step_of_sentence<T, SEARCH>, batch, kThreads,
+    launch_early("beam_step::step_of_sentence", step_of_sentence<L, T, SEARCH>, batch, kThreads,
                  std::max(items, history) * static_cast<int>(sizeof(unsigned)), stream, state, logits, statistics,
                  settings, limits, forced, beam, steps, types, embedding);
   };

@@ -46,7 +46,7 @@ void step(Tensor logits, Tensor statistics, Tensor settings, Tensor limits, Tens
                                drawn ? data<beam_step::Drawn>(*drawn) : nullptr,
                                overlap ? static_cast<int>(overlap->size(1)) : 1};
   const int width = x.size(1);
-  dispatch("beam_step_", logits, [&](auto type) {
+  dispatch("beam_step_", x, [&](auto type) {
     using T = decltype(type);
     const T* const table = positions ? data<T>(*positions) : nullptr;
     const beam_step::Embedding<T> embedding{data<T>(x),
@@ -56,9 +56,13 @@ void step(Tensor logits, Tensor statistics, Tensor settings, Tensor limits, Tens
                                             static_cast<int>(first_position),
                                             width,
                                             in_octets(width, {x.data_ptr(), tokens.data_ptr(), table})};
-    beam_step::step<T>(search, state, data<T>(logits), data<float2>(statistics), data<beam_step::Settings>(settings),
-                       data<int>(limits), data<int>(forced), scores.size(0), scores.size(1), forced.size(1), types,
-                       embedding, current_stream(logits));
+    const auto launch = [&](auto logit) {
+      using L = decltype(logit);
+      beam_step::step<L, T>(search, state, data<L>(logits), data<float2>(statistics),
+                            data<beam_step::Settings>(settings), data<int>(limits), data<int>(forced), scores.size(0),
+                            scores.size(1), forced.size(1), types, embedding, current_stream(logits));
+    };
+    logits.scalar_type() == x.scalar_type() ? launch(type) : launch(0.f);
   });
 }
 

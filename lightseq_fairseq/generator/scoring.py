@@ -14,6 +14,7 @@ from lightseq_fairseq.generator.model import load_layers
 from lightseq_fairseq.generator.options import GenerationError
 from lightseq_fairseq.layers import Packing, TransformerDecoder, TransformerEncoder
 from lightseq_fairseq.model_file import ModelFile
+from lightseq_fairseq.ops import linear_to_logits
 
 _ROWS = 1024
 """Target tokens whose log-probabilities over the vocabulary exist at one time."""
@@ -107,5 +108,6 @@ class Scorer:
 
 def _of_words(decoder: TransformerDecoder, features: Tensor, words: Tensor) -> Tensor:
     """Log-probabilities (N,) fp32 of ``words`` (N,) after ``features`` (N, C)."""
-    logits = decoder.output_projection(features).float()
+    projection = decoder.output_projection
+    logits = linear_to_logits(features, projection.weight, projection.bias).float()
     return -F.cross_entropy(logits, words, reduction="none")

@@ -28,7 +28,7 @@ from lightseq_fairseq.ops.decode_attention import (
     decode_self_attention,
 )
 from lightseq_fairseq.ops.decode_linear import MAX_NORMED, Folded, decode_linear, fold, serves
-from lightseq_fairseq.ops.linear import InferenceLinear
+from lightseq_fairseq.ops.linear import InferenceLinear, linear_to_logits
 
 
 def fits(config: TransformerConfig) -> bool:
@@ -163,7 +163,10 @@ class DecodeStep:
             stream = _Stream(_normed(stream), self.last_norm)
         if self.project_out is not None:
             stream = _Stream(self._read(stream, self.project_out), None)
-        return self._linear(_normed(stream), self.output, self.output_bias, "linear")
+        x = _normed(stream)
+        if x.dtype != torch.bfloat16 and serves(x, self.output):
+            return self._linear(x, self.output, self.output_bias, "linear")
+        return linear_to_logits(x, self.output, self.output_bias)
 
     def _read(self, stream: _Stream, linear: InferenceLinear) -> Tensor:
         """The stream, normalised, through a linear map with its activation."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightseq_fairseq.layers.decoder import TransformerDecoder, TransformerDecoderLayer
 from lightseq_fairseq.layers.inference import InferenceLayer, InferenceNorm, read_layers, scaled_query
 from lightseq_fairseq.layers.packing import Packing
-from lightseq_fairseq.ops import InferenceLinear
+from lightseq_fairseq.ops import InferenceLinear, linear_to_logits
 
 _FIRST_CAPACITY = 32
 """Steps a cache has room for at first; it doubles when full."""
@@ -114,6 +114,8 @@ class IncrementalDecoder:
 
     def logits(self, features: Tensor) -> Tensor:
         """(R, output_dim) -> (R, V)."""
+        if features.is_cuda:
+            return linear_to_logits(features, self.output.weight, self.output.bias)
         return self.output(features)
 
     @torch.no_grad()

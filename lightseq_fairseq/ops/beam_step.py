@@ -43,7 +43,8 @@ at its limit.
     record     (T, B, K, 6) int32  of each step: ended, totals, beams, tokens, parents, scores as in hypotheses.Step;
                                    totals and scores are the bits of fp32
     x          (R, E)              what is fed next: scale * embeddings[token] + positions[first_position + steps], with
-                                   embeddings (V, E) and positions (P, E) or None, all in the dtype of the logits
+                                   embeddings (V, E) and positions (P, E) or None, all in the dtype of the logits or,
+                                   of fp32 logits, any
 
 A step that finishes a sentence leaves its ``steps`` and ``x`` as they are.
 """
@@ -221,9 +222,10 @@ def beam_step_(logits: Tensor, statistics: Tensor, settings: Tensor, limits: Ten
     Raises ValueError for shapes, dtypes or searches that do not fit.
     """
     batch, beam = scores.shape
-    most, width, kind = forced.size(1), x.size(1), logits.dtype
+    most, width, kind = forced.size(1), x.size(1), x.dtype
     tiles = beam * statistics.size(1)
-    tables = {"logits": (logits, (batch * beam, logits.size(1)), kind),
+    tables = {"logits": (logits, (batch * beam, logits.size(1)),
+                         logits.dtype if logits.dtype == torch.float32 else kind),
               "statistics": (statistics, (batch * beam, logits.size(1) // TILE, 2), torch.float32),
               "limits": (limits, (batch,), torch.int32), "forced": (forced, (batch, most), torch.int32),
               "settings": (settings, (batch, SETTINGS), torch.float32), "idle": (idle, (batch,), torch.int32),

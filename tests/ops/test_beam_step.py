@@ -36,12 +36,12 @@ def state(batch, beam, steps, vocab, step, device, seed=0, width=16):
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def run(given, vocab, **search):
-    """One step in place; returns the row of the record that it wrote."""
+def run(given, vocab, stream=None, **search):
+    """One step in place; returns the row of the record that it wrote. What is fed next is of dtype ``stream``."""
     types = dict(vocab=vocab, pad=PAD, eos=EOS, unk=UNK)
     step = int(given["steps"].max())
     for name in ("x", "embeddings", "positions"):
-        given[name] = given[name].to(given["logits"].dtype)
+        given[name] = given[name].to(stream or given["logits"].dtype)
     statistics = ops.token_statistics(given["logits"], given["settings"], **types)
     rest = {name: given[name] for name in (*MUTATED, "overlap", "drawn") if name in given}
     ops.beam_step_(given["logits"], statistics, given["settings"], given["limits"], given["forced"], **rest,
@@ -145,11 +145,12 @@ def test_sentences_at_different_steps(device):
         torch.testing.assert_close(given[name].cpu(), other[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype, stream", [
+    *((dtype, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("step", [0, 1, 17])
 @pytest.mark.parametrize("beam", [1, 2, 4, 5, 16])
 @pytest.mark.parametrize("vocab", [43, 64, 1000, 28672])
-def test_against_the_reference(vocab, beam, step, dtype, device):
+def test_against_the_reference(vocab, beam, step, dtype, stream, device):
     if vocab - 3 < 2 * beam:
         return
     batch = 2 if vocab > 20000 and device.type == "cpu" else 5
@@ -158,7 +159,7 @@ def test_against_the_reference(vocab, beam, step, dtype, device):
     given["complete"][1] = beam
     given["limits"][0] = step
     given["forced"][0, step] = EOS
-    compare(given, vocab)
+    compare(given, vocab, stream=stream)
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0.3), dict(temperature=2.5, unkpen=4.0, min_len=20),
