@@ -244,3 +244,24 @@ def test_refill_is_refused_by_name(device):
         on_the_device(device).infer(ids, GenerationOptions(beam=2, return_alignment=True), refill=True)
     with pytest.raises(GenerationError, match="slots are for one encoder-decoder model on a GPU"):
         Generator([random_model(), random_model(1)], device).reserve(Slots(2, 2, 10, 10))
+
+
+@pytest.mark.parametrize("refill", [True, False])
+def test_ten_thousand_sentences_leave_memory_flat(refill, device):
+    if device.type != "cuda":
+        pytest.skip("it is the GPU's memory that is watched: run with --device cuda")
+    generator = Generator([random_model()], device)
+    ids = [sentence.tolist() for sentence in sentences(10_000)]
+    options = GenerationOptions(beam=2, max_len_b=9)
+    reserved = []
+
+    def run():
+        generator.infer(ids, options, refill=refill, max_sentences=250,
+                        progress=lambda count: reserved.extend([torch.cuda.memory_reserved()] * count))
+        return torch.cuda.memory_allocated()
+
+    first = run()
+    if refill:
+        assert len(set(reserved[1000:])) == 1
+    del reserved[:]
+    assert run() == first and len(reserved) == 10_000 and len(set(reserved)) == 1

@@ -18,6 +18,8 @@ import benchmark_ops  # noqa: E402
 import step_profile  # noqa: E402
 from step_profile import Kernel  # noqa: E402
 
+from tests.cli.conftest import TINY, train_stock  # noqa: E402
+
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 
 
@@ -170,6 +172,18 @@ def test_commands_are_measured_by_what_they_print(joined_data_bin, tmp_path):
     assert [row["contender"] for row in rows] == ["fairseq", "lightseq"]
     assert all(row["words_per_s"] > row["updates_per_s"] > 0 for row in rows)
     assert out.splitlines()[-1].startswith("| base-300 fp32 | 1 | ")
+
+
+def test_commands_of_generation_are_measured_by_what_they_print_and_when(data_bin, tmp_path):
+    checkpoint = train_stock(data_bin, tmp_path / "stock", *TINY, "--max-update", "3")
+    out = benchmark("benchmark_generate_commands.py", data_bin, checkpoint, "--repeats", 1, "--max-len-b", 9,
+                    "--out", tmp_path)
+    rows = json.loads((tmp_path / "generate_commands.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["fairseq", "lightseq"]
+    for row in rows:
+        assert 0 < row["to_imports_s"] <= row["to_data_s"] <= row["to_first_s"] <= row["seconds"]
+        assert row["sentences"] == 60 and row["sentences_per_s"] > 0
+    assert "| lightseq-generate fp32 | " in out
 
 
 def test_words_a_second_are_those_of_the_last_epoch():
