@@ -6,8 +6,8 @@
 CORPUS is a text file of source sentences; its words are cut into pieces of at most six letters, as subwords would be.
 One Transformer with random weights serves all. How long each output is, a table says, in proportion to its source with
 some spread, so that all do the same work: that many tokens and eos, neither more nor less. CTranslate2 takes one length
-a call, which spares it what sentences of unequal length cost in a batch; it is swept over batch sizes in sentences and
-in tokens, all calls being queued at once on one translator. ``refill`` are our slots over the whole corpus, ``batches``
+a call, which spares it what sentences of unequal length cost in a batch, and costs it little where there are many of
+each; it is swept over batch sizes in sentences and in tokens and over workers, all calls being queued at once. ``refill`` are our slots over the whole corpus, ``batches``
 our search over the same calls. Results go to scripts/results/corpus[_cpu].json: sentences and tokens a second, medians
 over alternating repeats, from ids or tokens to hypotheses on the host.
 """
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--batches", default="" if ON_GPU else "16", help="ours without slots")
     parser.add_argument("--examples", default="32,64,128,256" if ON_GPU else "16", help="CTranslate2's, in sentences")
     parser.add_argument("--tokens", default="2048,4096,8192" if ON_GPU else "512", help="CTranslate2's, in tokens")
+    parser.add_argument("--workers", default="1,2,4" if ON_GPU else "1", help="CTranslate2's")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.length = LONGEST
@@ -172,10 +173,12 @@ def main() -> None:
         if importlib.util.find_spec("ctranslate2") is None:
             print("ctranslate2 is not installed and is left out")
         else:
-            translator = CTranslate2(folder, args, checkpoint).translator
-            for kind, sizes in (("examples", args.examples), ("tokens", args.tokens)):
-                for size in map(int, filter(None, sizes.split(","))):
-                    runs[f"ctranslate2 {size} {kind}"] = ctranslate2_run(translator, corpus, args.beam, size, kind)
+            for workers in map(int, args.workers.split(",")):
+                translator = CTranslate2(folder, args, checkpoint, workers).translator
+                for kind, sizes in (("examples", args.examples), ("tokens", args.tokens)):
+                    for size in map(int, filter(None, sizes.split(","))):
+                        name = f"ctranslate2 {size} {kind} {workers} workers"
+                        runs[name] = ctranslate2_run(translator, corpus, args.beam, size, kind)
         rows = measure(runs, corpus, args.repeats)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**machine(), "dtype": args.dtype, "size": args.size, "beam": args.beam, "corpus": args.corpus.name,

@@ -75,7 +75,8 @@ class Fairseq:
 class CTranslate2:
     """CTranslate2's translator, converted from the same checkpoint."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, checkpoint: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, args: argparse.Namespace, checkpoint: dict[str, Any], workers: int = 1) -> None:
+        """``workers`` translate at once, on one device."""
         import ctranslate2
 
         kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}[args.dtype]
@@ -83,7 +84,7 @@ class CTranslate2:
             str(folder / "model.pt"), str(folder), "en", "de", unsafe_deserialization=True)  # made here, just now
         converter.convert(str(folder / "ct2"), quantization=kind, force=True)
         self.translator = ctranslate2.Translator(
-            str(folder / "ct2"), device="cuda" if ON_GPU else "cpu", compute_type=kind,
+            str(folder / "ct2"), device="cuda" if ON_GPU else "cpu", compute_type=kind, inter_threads=workers,
             intra_threads=0 if ON_GPU else torch.get_num_threads())
         self.options = dict(beam_size=args.beam, min_decoding_length=args.length, max_decoding_length=args.length)
 
