@@ -7,9 +7,10 @@ CORPUS is a text file of source sentences; its words are cut into pieces of at m
 One Transformer with random weights serves all. How long each output is, a table says, in proportion to its source with
 some spread, so that all do the same work: that many tokens and eos, neither more nor less. CTranslate2 takes one length
 a call, which spares it what sentences of unequal length cost in a batch, and costs it little where there are many of
-each; it is swept over batch sizes in sentences and in tokens and over workers, all calls being queued at once. ``refill`` are our slots over the whole corpus, ``batches``
-our search over the same calls. Results go to scripts/results/corpus[_cpu].json: sentences and tokens a second, medians
-over alternating repeats, from ids or tokens to hypotheses on the host.
+each; it is swept over batch sizes in sentences and in tokens and over workers, all calls being queued at once.
+``refill`` are our slots over the whole corpus, ``batches`` our search over the same calls. Results go to
+scripts/results/corpus[_cpu].json: sentences and tokens a second, medians over alternating repeats, from ids or tokens
+to hypotheses on the host.
 """
 
 from __future__ import annotations
