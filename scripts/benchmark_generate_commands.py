@@ -11,6 +11,7 @@ translation go. Rows go to scripts/results/generate_commands.json (the fastest o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -27,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_train import RESULTS, ROOT, machine  # noqa: E402
 
 MODULES = {"fairseq": "fairseq_cli.generate", "lightseq": "lightseq_fairseq.cli.generate"}
-MARKS = {"imports": "'_name': None, 'common'", "data": "loading model(s) from", "first": "H-"}
-"""What a line has in it when imports and arguments, then dictionaries and data, then the first translation are done."""
+MARKS = {"imports": "'_name': None, 'common'", "first": "H-", "last": " tokens/s)"}
+"""What a line has in it when imports and arguments, the first translation and the last of them are done."""
 _TRANSLATED = re.compile(r"Translated ([\d,]+) sentences .* in [\d.]+s \(([\d.,]+) sentences/s")
 
 
@@ -70,12 +71,13 @@ def run(command: list[str]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| command | imports | data | model, first batch | first translation | sentences/s | whole command |",
+    lines = ["| command | imports | model, first batch | other batches | score, end | whole command | sentences/s |",
              "|---|---|---|---|---|---|---|"]
     for row in rows:
-        imports, data, first = (row[f"to_{mark}_s"] for mark in MARKS)
-        lines.append(f"| {row['contender']}-generate {row['dtype']} | {imports:.1f} s | {data - imports:.1f} s | "
-                     f"{first - data:.1f} s | {first:.1f} s | {row['sentences_per_s']:.0f} | {row['seconds']:.1f} s |")
+        times = [0.0, *(row[f"to_{mark}_s"] for mark in MARKS), row["seconds"]]
+        parts = " | ".join(f"{end - begin:.1f} s" for begin, end in itertools.pairwise(times))
+        lines.append(f"| {row['contender']}-generate {row['dtype']} | {parts} | {row['seconds']:.1f} s | "
+                     f"{row['sentences_per_s']:.0f} |")
     return "\n".join(lines)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.generator.options import GenerationError
@@ -161,12 +162,24 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, b
     return torch.float32, True
 
 
+class _Undrawn(TorchFunctionMode):
+    """Parameters keep what they have instead of normal draws, for which, on the meta device, torch would import its
+    compiler: a second or two."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_layers(model: ModelFile, device: torch.device,
                 dtype: torch.dtype) -> tuple[TransformerEncoder | None, TransformerDecoder | None]:
     """The packed encoder and decoder of a model file, without gradients; None for what it has not."""
     config: TransformerConfig = model.config
     encoder = decoder = None
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         if config.has_encoder:
             encoder = TransformerEncoder(config, token_embedding(config.src_vocab_size, config.encoder_embed_dim,
                                                                  config.pad))

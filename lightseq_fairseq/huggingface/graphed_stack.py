@@ -259,7 +259,7 @@ class GraphedStack:
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             passes_needed = functions if size.grad else functions[:1]
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # libraries load kernels for these very sizes, which no capture admits
+            with torch.cuda.stream(self.stream):  # once outside: what libraries set up at first may end a capture
                 for work in passes_needed:
                     work()
             torch.cuda.current_stream().wait_stream(self.stream)

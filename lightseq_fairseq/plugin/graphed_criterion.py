@@ -186,7 +186,7 @@ class GraphedCriterion:
         # on this thread: autograd's own would capture elsewhere
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
             stream.wait_stream(torch.cuda.current_stream())
-            # libraries load kernels for these very sizes, which no capture admits; this draws nothing that counts
+            # once outside a capture, which what libraries set up at a first call may end; it draws nothing that counts
             with torch.random.fork_rng([self.sums.device]), torch.cuda.stream(stream):
                 for work in functions:
                     work()
