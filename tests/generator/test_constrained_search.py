@@ -126,7 +126,7 @@ def test_hypotheses_are_fairseqs(kind, seed, stable):
     at_limit = [any(len(h.tokens) == 63 for h in ours) for ours in found]
     best = [slice(1 if cut else None) for cut in at_limit]  # fairseq finds fewer at the limit
     assert_same([ours[n] for ours, n in zip(found, best, strict=True)],
-                [theirs[n] for theirs, n in zip(expected, best, strict=True)])
+                [theirs[n] for theirs, n in zip(expected, best, strict=True)], temperature)
     for hypotheses, phrases in zip(found, constraints, strict=True):
         assert all(contains(h.tokens.tolist(), kind, [p.tolist() for p in phrases]) for h in hypotheses)
 
