@@ -89,6 +89,7 @@ def _own_options(reads_ahead: bool) -> Iterator[None]:
 
     def get_generation_parser(*args: Any, **kwargs: Any) -> argparse.ArgumentParser:
         parser = stock(*args, **kwargs)
+        parser.set_defaults(num_workers=0)  # a test set is read before a process that would read it has started
         group = parser.add_argument_group("lightseq")
         group.add_argument("--dtype", choices=sorted(DTYPES),
                            help="type of weights and arithmetic: fp16 and bf16 are --fp16 and --bf16; int8, on "

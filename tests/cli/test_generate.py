@@ -251,6 +251,15 @@ def test_what_is_not_taken_is_named(arguments, message, data_bin, checkpoint):
     assert_refused((data_bin, "--path", checkpoint, *arguments.split()), message)
 
 
+@pytest.mark.parametrize(("asked", "workers"), [((), 0), (("--num-workers", "2"), 2)])
+def test_a_worker_process_is_started_only_if_asked_for(asked, workers, data_bin):
+    from fairseq import options
+
+    with generate._own_options(reads_ahead=True):
+        parser = options.get_generation_parser()
+    assert options.parse_args_and_arch(parser, [str(data_bin), *asked]).num_workers == workers
+
+
 def test_every_option_of_generation_is_taken_or_refused():
     """A new one of fairseq's must not be ignored; what stands here fairseq's own main sees to, or fairseq ignores."""
     from fairseq.dataclass.configs import GenerationConfig

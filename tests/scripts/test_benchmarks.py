@@ -132,6 +132,11 @@ def test_the_readme_shows_what_was_measured():
     for name, unit in (("generate", "ms"), ("generate_cpu", "ms_per_step")):
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         assert script("benchmark_generate").table(rows, unit) in readme, name
+    rows = json.loads((results / "generate_commands.json").read_text())["rows"]
+    assert script("benchmark_generate_commands").table(rows) in readme
+    plain, fp8 = (row["ms"] for row in json.loads((results / "train_fp8.json").read_text())["rows"])
+    assert (f"{fp8:.1f} instead of {plain:.1f} ms an update at big 16384, {plain / fp8:.2f} times"
+            in " ".join(readme.split()))
     rows = json.loads((results / "models.json").read_text())["rows"]
     for ours in (False, True):
         numbers = [row["ms"] for row in rows if (row["contender"] == "lightseq") == ours]
