@@ -21,10 +21,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def argument_parser() -> argparse.ArgumentParser:
+    """The parser of ``lightseq-export``."""
     parser = argparse.ArgumentParser(
-        prog="lightseq-export", description="Turn a fairseq checkpoint (transformer*, transformer_lm*, bart*, ours of "
-        "these names) or a Hugging Face folder into a model file for lightseq-generate, lightseq_fairseq.inference "
-        "and, where its format can express the model, LightSeq.")
+        prog="lightseq-export", description="Turn a fairseq checkpoint (transformer*, transformer_lm*, bart*, mbart*, "
+        "roberta*, ours of these names) or a Hugging Face folder into a model file for lightseq-generate, "
+        "lightseq_fairseq.inference and, where its format can express the model, LightSeq.")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
                         help="checkpoint.pt; several with --average; with --from huggingface a folder")
     parser.add_argument("--from", dest="source", choices=("fairseq", "huggingface"), default="fairseq",

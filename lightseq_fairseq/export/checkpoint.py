@@ -27,6 +27,7 @@ class Record:
     """Stands for an object of a class that is not loaded: its attributes, nothing else."""
 
     def __new__(cls, *args: Any) -> Record:
+        """Whatever arguments its pickle gives it."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None:

@@ -45,10 +45,12 @@ class GPT2Attention(CachingAttention, modeling_gpt2.GPT2Attention):
 
     @property
     def out_proj(self) -> Any:
+        """``c_proj`` as a map of ours: weight (C, C), bias (C,)."""
         return _linear(self.c_proj)
 
     @property
     def dropout(self) -> Any:
+        """Probability, of attention weights."""
         return self.attn_dropout.p
 
 
@@ -72,30 +74,37 @@ class GPT2Block(SelfAttentionLayer, TransformerDecoderLayer, modeling_gpt2.GPT2B
 
     @property
     def self_attn(self) -> Any:
+        """``attn`` under fairseq's name."""
         return self.attn
 
     @property
     def self_attn_layer_norm(self) -> Any:
+        """``ln_1`` under fairseq's name."""
         return self.ln_1
 
     @property
     def final_layer_norm(self) -> Any:
+        """``ln_2`` under fairseq's name."""
         return self.ln_2
 
     @property
     def fc1(self) -> Any:
+        """``mlp.c_fc`` as a map of ours: weight (F, C), bias (F,)."""
         return _linear(self.mlp.c_fc)
 
     @property
     def fc2(self) -> Any:
+        """``mlp.c_proj`` as a map of ours: weight (C, F), bias (C,)."""
         return _linear(self.mlp.c_proj)
 
     @property
     def activation(self) -> str:
+        """fairseq's name of the feed-forward's activation."""
         return ACTIVATIONS[self.attn.config.activation_function]
 
     @property
     def dropout(self) -> float:
+        """Probability, in front of both residuals; ValueError where Hugging Face's two have come to differ."""
         layer: Any = self
         return agreed(layer.attn.resid_dropout.p, layer.mlp.dropout.p)
 

@@ -68,6 +68,7 @@ class PackedLayer(nn.Module):
     activation_dropout = 0.0
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, C) -> (B, T, C) as Hugging Face calls it; packed (N, C) between the layers of a stack that runs so."""
         inputs = self._inputs(args, kwargs)
         run, is_last = self.stack.run_for(self, hidden_states, inputs)
         call: Callable[..., Tensor] = super().__call__

@@ -29,6 +29,7 @@ class InferenceNorm:
         self.shape, self.weight, self.bias, self.eps = list(norm.weight.shape), norm.weight, norm.bias, norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
         return torch.native_layer_norm(x, self.shape, self.weight, self.bias, self.eps)[0]
 
 

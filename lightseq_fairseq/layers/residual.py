@@ -40,6 +40,7 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension, computed by :func:`ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 

@@ -46,6 +46,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its values."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 

@@ -31,6 +31,7 @@ class BalancedShards:
                 and not iterator._supports_prefetch)
 
     def __call__(self, epoch: int, fix_batches_to_gpus: bool, shuffle: bool) -> list[Sequence[int]]:
+        """This shard's batches, each the numbers of its sentences; arguments are fairseq's, to its own function."""
         iterator, shard = self.iterator, self.iterator.shard_id
         shards = []
         for number in range(iterator.num_shards):

@@ -54,6 +54,7 @@ class ZeroOptimizer(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
+        """That of the optimizer inside."""
         return self.inner.optimizer_config
 
     def backward(self, loss: Tensor) -> None:
@@ -140,6 +141,7 @@ class DeepSpeedTrainer(Trainer):
 
     @property
     def always_call_state_dict_during_save_checkpoint(self) -> bool:
+        """All ranks meet before that, in ``consolidate_optimizer``."""
         return False
 
     def _build_optimizer(self) -> None:

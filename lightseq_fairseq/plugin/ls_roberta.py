@@ -54,6 +54,7 @@ class LSRobertaEncoder(RobertaEncoder):
     sentence_encoder: LSTransformerEncoder
 
     def build_encoder(self, args: Any, dictionary: Any, embed_tokens: nn.Embedding) -> LSTransformerEncoder:
+        """Our encoder of fairseq's arguments, with BERT's initial weights."""
         cfg = FairseqTransformerConfig.from_namespace(args)
         config = replace(layer_config(cfg, dictionary, dictionary), stacks="encoder")
         encoder = LSTransformerEncoder(cfg, config, dictionary, embed_tokens)
@@ -62,6 +63,7 @@ class LSRobertaEncoder(RobertaEncoder):
 
     def build_lm_head(self, embed_dim: int, output_dim: int, activation_fn: str,
                       weight: Tensor | None) -> LSRobertaLMHead:
+        """Our head over features of ``embed_dim``; ``weight`` (V, embed_dim) where it is tied to the embedding."""
         return LSRobertaLMHead(embed_dim, output_dim, activation_fn, weight)
 
     def forward(self, src_tokens: Tensor, features_only: bool = False, return_all_hiddens: bool = False,
@@ -84,6 +86,7 @@ class LSRobertaModel(RobertaModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> LSRobertaModel:
+        """fairseq's entry point; ValueError names options that are not supported."""
         with open_dict(args) if OmegaConf.is_config(args) else nullcontext():
             return cls._build(args, task)
 

@@ -329,22 +329,27 @@ class LSTrainer(Trainer):
         return iterator
 
     def begin_epoch(self, epoch: int) -> None:
+        """fairseq's, once the updates before it are in the log."""
         self.finish_steps()
         super().begin_epoch(epoch)
 
     def lr_step(self, epoch: int, val_loss: float | None = None) -> Any:
+        """fairseq's, by what the updates before it came to."""
         self.finish_steps()
         return super().lr_step(epoch, val_loss)
 
     def begin_valid_epoch(self, epoch: int) -> None:
+        """fairseq's, once the updates before it are in the log."""
         self.finish_steps()  # while its log still goes to the training's meters
         super().begin_valid_epoch(epoch)
 
     def valid_step(self, sample: Any, raise_oom: bool = False) -> Any:
+        """fairseq's, with the parameters of the update before it."""
         self.finish_steps()
         return super().valid_step(sample, raise_oom)
 
     def state_dict(self) -> Any:
+        """fairseq's, parameters and moments where fairseq has them; ``extra_state`` holds FP8's scales, if any."""
         self.finish_steps()
         if self._step is not None:
             self._step.storage.write_back()
@@ -365,6 +370,7 @@ class LSTrainer(Trainer):
         return extra_state
 
     def reinitialize(self) -> None:
+        """fairseq's; what was captured is captured anew."""
         self._step = self._pending = None
         super().reinitialize()
 

@@ -160,11 +160,13 @@ class LSTransformerEncoder(_UpgradesCheckpoints, TransformerEncoder, FairseqEnco
         }
 
     def reorder_encoder_out(self, encoder_out: dict[str, list[Any]], new_order: Tensor) -> dict[str, list[Any]]:
+        """Sentence (or beam) i of the result is ``new_order[i]``, (B',) int64, of ``encoder_out``."""
         batch_dim = {"encoder_out": 1, "encoder_states": 1}
         return {key: [value.index_select(batch_dim.get(key, 0), new_order) for value in values]
                 for key, values in encoder_out.items()}
 
     def max_positions(self) -> int:
+        """The longest sentence, in tokens."""
         limit = self.config.max_source_positions
         return limit if self.embed_positions is None else min(limit, self.embed_positions.max_positions)
 
@@ -255,14 +257,17 @@ class LSTransformerDecoder(_UpgradesCheckpoints, TransformerDecoder, FairseqIncr
         return projection(features)
 
     def max_positions(self) -> int:
+        """The longest sentence, in tokens."""
         limit = self.config.max_target_positions
         return limit if self.embed_positions is None else min(limit, self.embed_positions.max_positions)
 
     def make_generation_fast_(self, retain_dropout: bool = False, **kwargs: Any) -> None:
+        """Nothing is left to do; ValueError for ``retain_dropout``, as steps of generation have no dropout."""
         if retain_dropout:
             raise ValueError("ls_transformer does not generate with --retain-dropout; use fairseq's own `transformer`")
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """fairseq's, and the output projection of checkpoints before fairseq 0.9; in place."""
         key = f"{name}.output_projection.weight"
         if key not in state_dict:  # fairseq before 0.9
             tied = state_dict.get(f"{name}.embed_tokens.weight") if self.config.tied_output else None
@@ -282,6 +287,7 @@ class PackedTransformer:
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
+        """fairseq's options and ours (--ls-*)."""
         super().add_args(parser)  # type: ignore[misc]
         parser.add_argument("--ls-fp8", action="store_true",
                             help="multiply matrices of training in 8 bits (FP8, delayed scaling), for lightseq-train "
@@ -292,6 +298,7 @@ class PackedTransformer:
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Any:
+        """fairseq's entry point; ValueError names options that are not supported."""
         refuse_unsupported(args)
         model = super().build_model(args, task)  # type: ignore[misc]
         model.fp8 = getattr(args, "ls_fp8", False)
@@ -299,12 +306,14 @@ class PackedTransformer:
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Any, embed_tokens: nn.Embedding) -> LSTransformerEncoder:
+        """Our encoder of fairseq's arguments."""
         cfg = FairseqTransformerConfig.from_namespace(args)
         dictionaries = src_dict, src_dict
         return LSTransformerEncoder(cfg, layer_config(cfg, *dictionaries), src_dict, embed_tokens)
 
     @classmethod
     def build_decoder(cls, args: Any, tgt_dict: Any, embed_tokens: nn.Embedding) -> LSTransformerDecoder:
+        """Our decoder of fairseq's arguments."""
         cfg = FairseqTransformerConfig.from_namespace(args)
         return LSTransformerDecoder(cfg, layer_config(cfg, tgt_dict, tgt_dict), tgt_dict, embed_tokens)
 

@@ -34,6 +34,7 @@ class LSTransformerLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> LSTransformerLanguageModel:
+        """fairseq's entry point; ValueError names options that are not supported."""
         refuse_unsupported(args)
         if args.character_embeddings:
             raise ValueError("ls_transformer_lm does not support --character-embeddings (use subword units); fairseq's "

@@ -149,6 +149,7 @@ class PackingCollater:
     ignore_prefix_size: int
 
     def __call__(self, examples: Any) -> dict[str, Any]:
+        """Examples, or fairseq's sample, -> a packed batch and what fairseq counts of it; an empty sample as it is."""
         sample = examples if self.collate is None else self.collate(examples)
         if not sample:
             return sample
