@@ -208,6 +208,14 @@ def test_ratios_are_to_fairseq_and_to_the_fewest_gpus():
         "| base-512 fp16 | 1 | 10 | 200 | 20.0 | 1.00 |", "| base-512 fp16 | 4 |  | 760 |  | 3.80 |"]
 
 
+def test_shapes_of_gpt3_are_timed_beside_what_eet_published(tmp_path):
+    out = benchmark("benchmark_gpt3_shapes.py", "--shapes", "tiny", "--context", 5, "--new", 4, "--repeats", 1, "--out",
+                    tmp_path)
+    rows = json.loads((tmp_path / "gpt3_shapes.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["tiny-b4", "tiny-b16"] and all(row["ms"] > 0 for row in rows)
+    assert out.splitlines()[-2:] == ["| EET on an A100, batch 16 |  |", f"| ours, batch 16 | {rows[1]['ms']:.2f} |"]
+
+
 def test_a_corpus_is_the_same_work_for_all(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("a dog\n\nan extraordinarily long sentence about dogs , cats and birds\n" + "a b c d\n" * 5)
