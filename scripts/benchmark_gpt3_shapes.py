@@ -106,7 +106,8 @@ def main() -> None:
         generator = Generator([model_of(shape, args.context, args.new, dtype)], DEVICE, dtype)
         for batch in map(int, args.batches.split(",")):
             times = milliseconds(generator, batch, args.context, args.new, args.repeats)
-            rows.append({"case": f"{shape}-b{batch}", "contender": "lightseq", "ms": round(statistics.median(times), 4)})
+            ms = round(statistics.median(times), 4)
+            rows.append({"case": f"{shape}-b{batch}", "contender": "lightseq", "ms": ms})
             print(json.dumps(rows[-1]), flush=True)
         del generator
         if ON_GPU:
