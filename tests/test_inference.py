@@ -89,6 +89,17 @@ def test_gpt_sample_is_hugging_faces_generate(saved, device):
     assert drawn.shape[0] == 2 and (drawn[:, :2] == [8, 9]).all()
 
 
+def hugging_face_targets(stock, rows, start, **options):
+    """Ids behind ``start`` of each row's best target of at most 10; a pad, which random weights would say, is not."""
+    ids, mask = padded(rows, stock.config.pad_token_id)
+    plain = dict(forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0, length_penalty=1.0)
+    with torch.no_grad():
+        found = stock.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=10,
+                               suppress_tokens=[stock.config.pad_token_id], decoder_start_token_id=start,
+                               **plain | options)
+    return found[:, 1:].tolist()
+
+
 @pytest.mark.parametrize(("beam", "early"), [(1, True), (4, True), (4, False)])
 @pytest.mark.parametrize("name", NAMES["encoder-decoder"])
 def test_bart(name, beam, early, saved, device):
@@ -98,14 +109,8 @@ def test_bart(name, beam, early, saved, device):
                                     force_eos=False, early_stopping=early)
     tokens, scores = bart.infer([row.tolist() for row in rows])
     assert tokens.dtype == np.int32 and scores.dtype == np.float32 and scores.shape == tokens.shape[:2] == (4, 1)
-    ids, mask = padded(rows, stock.config.pad_token_id)
-    with torch.no_grad():
-        expected = stock.generate(
-            ids, attention_mask=mask, num_beams=beam, do_sample=False, early_stopping=early and beam > 1,
-            length_penalty=1.0, max_new_tokens=10, forced_eos_token_id=None, forced_bos_token_id=None,
-            no_repeat_ngram_size=0, suppress_tokens=[stock.config.pad_token_id],
-            decoder_start_token_id=bart.config.start)
-    for found, row in zip(tokens[:, 0].tolist(), expected[:, 1:].tolist(), strict=True):
+    expected = hugging_face_targets(stock, rows, bart.config.start, num_beams=beam, early_stopping=early and beam > 1)
+    for found, row in zip(tokens[:, 0].tolist(), expected, strict=True):
         assert until_eos(found, eos) == until_eos(row, eos)
 
 

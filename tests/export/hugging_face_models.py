@@ -20,6 +20,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert, masked language model": ("BertForMaskedLM", "BertConfig", _BERT | dict(hidden_act="gelu_new")),
     "bert, classifier": ("BertForSequenceClassification", "BertConfig", _BERT | dict(type_vocab_size=3)),
     "roberta": ("RobertaModel", "RobertaConfig", _BERT | dict(type_vocab_size=1, hidden_act="relu")),
+    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", _BERT | dict(type_vocab_size=1)),
+    "camembert": ("CamembertModel", "CamembertConfig", _BERT | dict(type_vocab_size=1)),
     "bart": ("BartForConditionalGeneration", "BartConfig", _BART),
     "bart, scaled, tanh": ("BartForConditionalGeneration", "BartConfig",
                            _BART | dict(scale_embedding=True, activation_function="gelu_new")),

@@ -18,6 +18,21 @@ RECIPE = ["--lr", "3e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 
           "--max-update", "20", "--disable-validation", "--no-progress-bar", "--num-workers", "0"]
 
 
+def recorded_logs(patch) -> list[dict]:
+    """A list that, while ``patch`` lasts, grows by what the criterion says of each update."""
+    from fairseq.tasks import FairseqTask
+
+    logs: list[dict] = []
+    reduce_metrics = FairseqTask.reduce_metrics
+
+    def record(task, outputs, criterion):
+        logs.append({key: float(sum(output[key] for output in outputs)) for key in outputs[0]})
+        reduce_metrics(task, outputs, criterion)
+
+    patch.setattr(FairseqTask, "reduce_metrics", record)
+    return logs
+
+
 class Run:
     """One training: ``logs`` of each update as the criterion reduced them, ``norms`` of its gradients where they were
     clipped by fairseq, the ``trainer`` as it ended and the ``state`` of its model on the CPU."""
@@ -27,11 +42,9 @@ class Run:
     def __init__(self, data: Path, save_dir: Path, monkeypatch, device: torch.device, trainer_class: type,
                  *flags: str) -> None:
         from fairseq import checkpoint_utils
-        from fairseq.tasks import FairseqTask
         from fairseq_cli import train
 
         self.save_dir = save_dir
-        self.logs: list[dict] = []
         self.norms: list[float] = []
         run = self
 
@@ -45,17 +58,11 @@ class Run:
                 run.norms.append(float(norm))
                 return norm
 
-        reduce_metrics = FairseqTask.reduce_metrics
-
-        def record(task, logs, criterion):
-            self.logs.append({key: float(sum(log[key] for log in logs)) for key in logs[0]})
-            reduce_metrics(task, logs, criterion)
-
         args = training_args(data, *self.recipe, *flags, "--save-dir", str(save_dir))
         args.cpu, args.distributed_world_size = device.type == "cpu", 1
         with monkeypatch.context() as patch:
             patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))
-            patch.setattr(FairseqTask, "reduce_metrics", record)
+            self.logs = recorded_logs(patch)
             patch.setattr(train, "Trainer", Recorded)
             patch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
             logging.disable(logging.INFO)
