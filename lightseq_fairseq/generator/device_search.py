@@ -22,7 +22,6 @@ from lightseq_fairseq.generator.device_state import (
     Kind,
     Snapshot,
     Table,
-    captured,
     columns_of,
     settings_of,
 )
@@ -31,6 +30,7 @@ from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.generator.refill import Refill, Slots
 from lightseq_fairseq.layers import Packing, decode_step
+from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, TILE
@@ -189,7 +189,7 @@ class _Plan:
         if on_gpu:  # tried first: finished sentences change nothing
             self._fill([torch.full((1,), step.config.eos)], GenerationOptions(), None, [0])
             self.state.complete.fill_(beam)
-            self.begin, self.advance = captured(self._begin), captured(self.state.advance)
+            self.begin, self.advance = captured(self._begin, self.state.advance)
 
     def run(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
             max_lens: Sequence[int], draws: torch.Generator | None = None) -> list[Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from lightseq_fairseq.generator.hypotheses import Array, Step
 from lightseq_fairseq.generator.options import GenerationOptions
-from lightseq_fairseq.layers.capture import capture
 from lightseq_fairseq.layers.decode_step import DecodeBuffers, DecodeStep
 from lightseq_fairseq.ops.beam_step import SETTINGS, Settings, beam_step_, token_statistics
 from lightseq_fairseq.ops.block_ngrams import block_ngrams_
@@ -120,20 +118,6 @@ def columns_of(record: Array) -> list[Array]:
     """(T, B, K, 6) int32 -> the columns of hypotheses.Step, (T, B, K) each."""
     ended, totals, beams, tokens, parents, scores = np.ascontiguousarray(np.moveaxis(record, -1, 0))
     return [ended.astype(bool), totals.view(np.float32), beams, tokens, parents, scores.view(np.float32)]
-
-
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """``work`` as one graph, after it has run once."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # a graph's memory is its own
-    graph = torch.cuda.CUDAGraph()
-    with capture(graph, stream):
-        work()
-    return graph.replay
 
 
 class Table:

@@ -23,7 +23,6 @@ from lightseq_fairseq.generator.device_state import (
     Kind,
     Snapshot,
     Table,
-    captured,
     columns_of,
     forced_tokens,
     settings_of,
@@ -31,6 +30,7 @@ from lightseq_fairseq.generator.device_state import (
 from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import Packing
+from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.decode_step import DecodeStep
 
 _STEPS_A_LOOK = 2
@@ -123,7 +123,7 @@ class Refill:
             self.admission.image["slots"][:] = slots.count
             self.admission.image["complete"][:] = slots.beam
             self.admission.upload()
-            self.advance, self.scatter = captured(self.state.advance), captured(self._scatter)
+            self.advance, self.scatter = captured(self.state.advance, self._scatter)
         self.uploaded = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         self.snapshots = [Snapshot(progress) for _ in range(_LOOKS_AHEAD + 1)]
         self.looks: deque[tuple[int, Snapshot]] = deque()
@@ -375,7 +375,7 @@ class _Encoding:
         self.work, self.uploaded = self._encode, None
         if device.type == "cuda":
             self._fill([np.full(1, refill.step.config.eos)])
-            self.work = captured(self._encode)
+            self.work, = captured(self._encode)
             self.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def run(self, sentences: Sequence[Array], begin: int) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightseq_fairseq.generator.device_state import Table, captured
+from lightseq_fairseq.generator.device_state import Table
 from lightseq_fairseq.generator.hypotheses import Array
 from lightseq_fairseq.generator.model import arithmetic, load_layers
 from lightseq_fairseq.generator.options import GenerationError
 from lightseq_fairseq.layers import Packing
+from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.compiled import CompiledEncoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
 from lightseq_fairseq.model_file import ModelFile
@@ -182,7 +183,7 @@ class _Graph:
         self.uploaded, self.compute = None, self._compute
         if device.type == "cuda":
             self.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.compute = captured(self._compute)
+            self.compute, = captured(self._compute)
 
     def run(self, ids: Array, real: Array, types: Array | None) -> Encoded:
         """Texts (B, T), where their tokens are, and the types of these (N,)."""

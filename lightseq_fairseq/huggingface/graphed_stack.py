@@ -24,7 +24,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from lightseq_fairseq.huggingface.caching_attention import CachingAttention, fill_cache
 from lightseq_fairseq.huggingface.packed_layer import LayerInputs, PackedLayer, Run
 from lightseq_fairseq.layers import Packing
-from lightseq_fairseq.layers.capture import capture
+from lightseq_fairseq.layers.capture import captured
 
 logger = logging.getLogger(__name__)
 
@@ -251,23 +251,12 @@ class GraphedStack:
         functions = self._functions(size, passes, layers, run.causal)
         if not hidden_states.is_cuda:
             return passes._replace(forward=functions[0], backward=functions[1])
-        graphs = []
-        # on this thread: autograd's own would capture elsewhere
-        with torch.cuda.device(device), torch.autograd.set_multithreading_enabled(False):
+        with torch.cuda.device(device):
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
                 self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            passes_needed = functions if size.grad else functions[:1]
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # once outside: what libraries set up at first may end a capture
-                for work in passes_needed:
-                    work()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            for work in passes_needed:
-                graphs.append(torch.cuda.CUDAGraph())
-                with capture(graphs[-1], self.stream, self.pool):
-                    work()
-        return passes._replace(forward=graphs[0].replay, backward=graphs[-1].replay)
+            replays = captured(*(functions if size.grad else functions[:1]), stream=self.stream, pool=self.pool)
+        return passes._replace(forward=replays[0], backward=replays[-1])
 
     def _functions(self, size: Size, passes: _Passes, layers: Sequence[PackedLayer],
                    causal: bool) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,3 +32,27 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = 
     finally:
         if collects:
             gc.enable()
+
+
+def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None, pool: Any = None,
+             trial: AbstractContextManager[object] | None = None) -> list[Callable[[], None]]:
+    """What replays each of ``works``, to be called in their order, as they may need what those before leave behind.
+
+    They run twice: as they are, inside ``trial`` if given, since what libraries set up at a first call may end a
+    capture; and captured, on this thread, backward passes too, which autograd would run on one of its own.
+    """
+    graphs = []
+    stream = stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.autograd.set_multithreading_enabled(False):
+        stream.wait_stream(torch.cuda.current_stream())
+        with trial or contextlib.nullcontext(), torch.cuda.stream(stream):
+            for work in works:
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        if pool is None:
+            torch.cuda.empty_cache()  # the graphs' memory is their own
+        for work in works:
+            graphs.append(torch.cuda.CUDAGraph())
+            with capture(graphs[-1], stream, pool):
+                work()
+    return [graph.replay for graph in graphs]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightseq_fairseq.layers.capture import capture
+from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 from lightseq_fairseq.layers.encoder import TransformerEncoderLayer
 from lightseq_fairseq.ops.cross_entropy import label_smoothed_cross_entropy
@@ -181,21 +181,9 @@ class GraphedCriterion:
         """One graph for each pass; their memory is shared by all buckets, whose turns do not overlap."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        stream, functions = torch.cuda.Stream(), self._functions(bucket)  # type: ignore[no-untyped-call]
-        graphs = []
-        # on this thread: autograd's own would capture elsewhere
-        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            stream.wait_stream(torch.cuda.current_stream())
-            # once outside a capture, which what libraries set up at a first call may end; it draws nothing that counts
-            with torch.random.fork_rng([self.sums.device]), torch.cuda.stream(stream):
-                for work in functions:
-                    work()
-            torch.cuda.current_stream().wait_stream(stream)
-            for work in functions:
-                graphs.append(torch.cuda.CUDAGraph())
-                with capture(graphs[-1], stream, self.pool):
-                    work()
-        return _Bucket(*(graph.replay for graph in graphs))
+        with torch.enable_grad():  # what a trial draws does not count
+            return _Bucket(*captured(*self._functions(bucket), pool=self.pool,
+                                     trial=torch.random.fork_rng([self.sums.device])))
 
 
 class _Turn:

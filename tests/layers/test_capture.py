@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from lightseq_fairseq.layers.capture import capture
+from lightseq_fairseq.layers.capture import capture, captured
 
 
 @pytest.fixture
@@ -64,3 +64,26 @@ def test_an_error_ends_the_capture(stream, device):
         doubled(torch.ones(3, device=device), stream, lambda: 1 // 0)
     assert gc.isenabled() and not torch.cuda.is_current_stream_capturing()
     assert doubled(torch.ones(3, device=device), stream, lambda: None).tolist() == [2, 2, 2]
+
+
+def test_each_work_is_replayed_by_itself(stream, device):
+    """The second needs what the first has left behind; a trial inside fork_rng draws nothing that counts."""
+    weight, found, left = torch.ones(4, device=device, requires_grad=True), torch.zeros(4, device=device), []
+
+    def forward():
+        left.append((weight * torch.rand(4, device=device)).sum())
+
+    def backward():
+        found.copy_(*torch.autograd.grad(left.pop(), weight))
+
+    torch.manual_seed(5)
+    with torch.enable_grad():
+        replays = captured(forward, backward, stream=stream, pool=torch.cuda.graph_pool_handle(),
+                           trial=torch.random.fork_rng([device]))
+    torch.manual_seed(5)
+    expected = [torch.rand(4, device=device) for _ in range(2)]
+    torch.manual_seed(5)
+    for factors in expected:
+        for replay in replays:
+            replay()
+        assert torch.equal(found, factors)
