@@ -36,8 +36,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the weights (default: fp32)")
     parser.add_argument("--data-bin", metavar="DIR",
                         help="folder with dict.<lang>.txt (default: the one that the checkpoint was trained on)")
-    parser.add_argument("-s", "--source-lang", metavar="LANG", help="default: as in the checkpoint")
-    parser.add_argument("-t", "--target-lang", metavar="LANG", help="default: as in the checkpoint")
+    parser.add_argument("-s", "--source-lang", metavar="LANG", help="default: that of the checkpoint, or of its data")
+    parser.add_argument("-t", "--target-lang", metavar="LANG", help="default: likewise")
     parser.add_argument("--average", action="store_true", help="export the mean of the checkpoints' weights")
     return parser
 

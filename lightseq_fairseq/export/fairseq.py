@@ -105,7 +105,8 @@ def _model(args: Mapping[str, Any], tensors: dict[str, Tensor], data_bin: str | 
             raise ExportError(f"expected a dictionary of {config.src_vocab_size} types, got {len(symbols)}; "
                               + DATA_ADVICE)
         return ModelFile(config, complete, symbols, symbols)
-    source_lang, target_lang = source_lang or args.get("source_lang"), target_lang or args.get("target_lang")
+    source_lang, target_lang = _languages(folder, source_lang or args.get("source_lang"),
+                                          target_lang or args.get("target_lang"))
     source, target = _dictionaries(folder, source_lang, target_lang)
     if args.get("merge_src_tgt_embed"):
         source = target = merge_symbols(source, target)
@@ -283,12 +284,25 @@ def _dictionary(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     return load_symbols(Path(folder) / "dict.txt")
 
 
-def _dictionaries(folder: str | os.PathLike[str], source_lang: str | None,
-                  target_lang: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _languages(folder: str | os.PathLike[str], source_lang: str | None, target_lang: str | None) -> tuple[str, str]:
+    """Those that are given; what is not, by the names of the data in ``folder``, as fairseq's translation task infers
+    it without a word in the checkpoint."""
+    if source_lang and target_lang:
+        return source_lang, target_lang
+    names = os.listdir(folder) if Path(folder).is_dir() else []
+    found = {match.groups() for name in names if (match := re.fullmatch(r"[^.]+\.([^.-]+)-([^.-]+)\..+", name))}
+    pairs = sorted((source, target) for source, target in found
+                   if source_lang in (None, source) and target_lang in (None, target))
+    if len(pairs) != 1:
+        held = ", ".join("-".join(pair) for pair in pairs) or "no such data"
+        raise ExportError("the checkpoint does not say which languages it translates, and expected data of one pair "
+                          f"in {folder}, got {held}; pass --source-lang and --target-lang")
+    return pairs[0]
+
+
+def _dictionaries(folder: str | os.PathLike[str], source_lang: str,
+                  target_lang: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Source and target symbols from dict.<lang>.txt in ``folder``."""
-    if not (source_lang and target_lang):
-        raise ExportError("the checkpoint does not say which languages it translates; pass --source-lang and "
-                          "--target-lang")
     missing = [name for name in (f"dict.{source_lang}.txt", f"dict.{target_lang}.txt")
                if not (Path(folder) / name).is_file()]
     if missing:

@@ -59,8 +59,10 @@ def test_data_bin_and_languages(data_bin, tmp_path, capsys):
     state["cfg"]["task"].update(data="/nowhere", source_lang=None, target_lang=None)
     torch.save(state, tmp_path / "c.pt")
     arguments = (tmp_path / "c.pt", "-o", tmp_path / "m.pb", "--data-bin", data_bin)
-    assert run(capsys, *arguments, "-s", "xx", "-t", "yy")[0] == 0
-    assert run(capsys, *arguments)[0] == 2
+    for languages in (("-s", "xx", "-t", "yy"), ()):
+        status, out, _ = run(capsys, *arguments, *languages)
+        assert status == 0 and "xx-yy" in out
+    assert run(capsys, *arguments, "-s", "yy")[0] == 2
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -273,10 +274,30 @@ def test_languages_from_the_call(tmp_path, data_bin):
     for args in (vars(state["cfg"]["model"]), state["cfg"]["task"]):
         args["source_lang"] = args["target_lang"] = None
     torch.save(state, tmp_path / "c.pt")
-    with pytest.raises(ExportError, match="pass --source-lang and --target-lang"):
-        from_checkpoints([tmp_path / "c.pt"])
-    exported = from_checkpoints([tmp_path / "c.pt"], source_lang="xx", target_lang="yy")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for language in ("xx", "yy"):
+        shutil.copyfile(data_bin / f"dict.{language}.txt", bare / f"dict.{language}.txt")
+    with pytest.raises(ExportError, match="got no such data; pass --source-lang and --target-lang"):
+        from_checkpoints([tmp_path / "c.pt"], bare)
+    exported = from_checkpoints([tmp_path / "c.pt"], bare, source_lang="xx", target_lang="yy")
     assert (exported.source_lang, exported.target_lang) == ("xx", "yy")
+
+
+def test_languages_that_fairseq_inferred_from_the_data(tmp_path, data_bin):
+    """fairseq-train DATA_BIN without -s and -t: the checkpoint says None."""
+    state, _ = state_of(data_bin, *TINY)
+    for args in (vars(state["cfg"]["model"]), state["cfg"]["task"]):
+        args["source_lang"] = args["target_lang"] = None
+    torch.save(state, tmp_path / "c.pt")
+    exported = from_checkpoints([tmp_path / "c.pt"])
+    assert (exported.source_lang, exported.target_lang) == ("xx", "yy")
+    many = tmp_path / "many"
+    shutil.copytree(data_bin, many)
+    (many / "train.yy-xx.xx.idx").write_bytes(b"")
+    with pytest.raises(ExportError, match="got xx-yy, yy-xx; pass --source-lang and --target-lang"):
+        from_checkpoints([tmp_path / "c.pt"], many)
+    assert from_checkpoints([tmp_path / "c.pt"], many, source_lang="xx").target_lang == "yy"
 
 
 def test_neither_fairseq_nor_omegaconf_is_loaded(tmp_path, data_bin):
