@@ -56,7 +56,9 @@ class _Model:
                         **options: Any) -> Model:
         """``path`` is a folder as Hugging Face's ``save_pretrained`` writes it, or a model file; otherwise as the class
         itself. What generation_config.json suggests, in the folder or in the one that lightseq-export left beside the
-        file, is the default of the options."""
+        file, is the default of the options. A target's first token that it forces counts in the score by its
+        log-probability, as fairseq's prefixes do; Hugging Face counts 0, and where lengths differ may rank beams
+        differently."""
         if Path(path).is_dir():
             from lightseq_fairseq.export.huggingface import from_huggingface
 
