@@ -29,6 +29,7 @@ from lightseq_fairseq import fairseq_compat
 from lightseq_fairseq.cli import export, generate, interactive, train
 from lightseq_fairseq.export import ExportError
 from lightseq_fairseq.huggingface import accelerate
+from lightseq_fairseq.huggingface.acceleration import FAMILIES
 from lightseq_fairseq.plugin.ls_trainer import LSTrainer
 from tests import tolerances
 from tests.cli.conftest import run_command
@@ -237,11 +238,11 @@ def refuses_to_generate(family: Fairseq, place: Place) -> list[str]:
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """A family by names of :data:`tests.export.hugging_face_models.MODELS`, and the class with a head to be trained."""
+    """A family by names of :data:`tests.export.hugging_face_models.MODELS`, and classes with a head to be trained."""
 
     names: tuple[str, ...]
     cls: type = lsi.Bert
-    trained: str | None = None
+    trained: tuple[str, ...] = ()
     first_token: int | None = None
     """Every target begins with it, as with its language."""
 
@@ -316,17 +317,18 @@ def from_exported_folder(place: Place, suffix: str, folder: Path, cls: Any, **op
 
 def fine_tunes(family: HuggingFace, place: Place) -> None:
     """Hugging Face's loss, outputs and gradients, and our attention."""
-    stock, ours = pair(family.trained, place.device)
-    given = batch(family.trained, place.device)
     attention = importlib.import_module("lightseq_fairseq.ops.attention")
-    with mock.patch.object(attention, "_attention", wraps=attention._attention) as counted:
-        expected, _, their_gradients = compute(stock, given)
-        assert not counted.called
-        found, _, our_gradients = compute(ours, given)
-        assert counted.called
-    torch.testing.assert_close(found.loss, expected.loss, **tolerances.LAYER)
-    assert_same_outputs(found, expected, given)
-    assert_same_gradients(our_gradients, their_gradients)
+    for kind in family.trained:
+        stock, ours = pair(kind, place.device)
+        given = batch(kind, place.device)
+        with mock.patch.object(attention, "_attention", wraps=attention._attention) as counted:
+            expected, _, their_gradients = compute(stock, given)
+            assert not counted.called
+            found, _, our_gradients = compute(ours, given)
+            assert counted.called
+        torch.testing.assert_close(found.loss, expected.loss, **tolerances.LAYER)
+        assert_same_outputs(found, expected, given)
+        assert_same_gradients(our_gradients, their_gradients)
 
 
 def is_refused(family: HuggingFace, place: Place, suffix: str) -> list[str]:
@@ -397,14 +399,16 @@ FAIRSEQ = {
         "masked_lm", "text_bin")),
 }
 HUGGING_FACE = {
-    "hf-bert": ("BERT", HuggingFace(("bert",), lsi.Bert, "BertForSequenceClassification")),
-    "hf-roberta": ("RoBERTa", HuggingFace(("roberta",), lsi.Bert, "RobertaForMaskedLM")),
-    "hf-xlm-roberta": ("XLM-RoBERTa, CamemBERT", HuggingFace(("xlm-roberta", "camembert"), lsi.Bert)),
-    "hf-bart": ("BART", HuggingFace(("bart",), lsi.Bart, "BartForConditionalGeneration")),
-    "hf-mbart": ("mBART", HuggingFace(("mbart",), lsi.Bart, first_token=17)),
-    "hf-marian": ("Marian", HuggingFace(("marian",), lsi.Bart)),
-    "hf-m2m_100": ("M2M100, NLLB", HuggingFace(("m2m_100",), lsi.Bart, first_token=17)),
-    "hf-gpt2": ("GPT-2", HuggingFace(("gpt2",), lsi.Gpt, "GPT2LMHeadModel")),
+    "hf-bert": ("BERT", HuggingFace(("bert",), lsi.Bert, ("BertForSequenceClassification",))),
+    "hf-roberta": ("RoBERTa", HuggingFace(("roberta",), lsi.Bert, ("RobertaForMaskedLM",))),
+    "hf-xlm-roberta": ("XLM-RoBERTa, CamemBERT", HuggingFace(
+        ("xlm-roberta", "camembert"), lsi.Bert, ("XLMRobertaForTokenClassification", "CamembertForMaskedLM"))),
+    "hf-bart": ("BART", HuggingFace(("bart",), lsi.Bart, ("BartForConditionalGeneration",))),
+    "hf-mbart": ("mBART", HuggingFace(("mbart",), lsi.Bart, ("MBartForConditionalGeneration",), first_token=17)),
+    "hf-marian": ("Marian", HuggingFace(("marian",), lsi.Bart, ("MarianMTModel",))),
+    "hf-m2m_100": ("M2M100, NLLB", HuggingFace(("m2m_100",), lsi.Bart, ("M2M100ForConditionalGeneration",),
+                                               first_token=17)),
+    "hf-gpt2": ("GPT-2", HuggingFace(("gpt2",), lsi.Gpt, ("GPT2LMHeadModel",))),
 }
 NOT_SUPPORTED = HuggingFace(("t5", "llama"))
 
@@ -443,14 +447,8 @@ def hugging_face_row(label: str, family: HuggingFace) -> Row:
         "protobuf": Cell("yes", runs(from_exported_folder, ".pb")),
         "hdf5": Cell("yes", runs(from_exported_folder, ".hdf5")),
         "python": Cell(f"`{family.cls.__name__}`", runs(from_folder)),
-        "accelerate": (Cell("yes", functools.partial(fine_tunes, family)) if family.trained
-                       else not_accelerated(family)),
+        "accelerate": Cell("yes", functools.partial(fine_tunes, family)),
     })
-
-
-def not_accelerated(family: HuggingFace) -> Cell:
-    """The refusal of accelerate."""
-    return Cell("no", functools.partial(is_not_accelerated, family), "has no layers of BERT, RoBERTa, BART or GPT-2")
 
 
 def matrix() -> dict[str, Row]:
@@ -458,9 +456,11 @@ def matrix() -> dict[str, Row]:
     refusals = {ability: Cell("no", functools.partial(is_refused, NOT_SUPPORTED, suffix=suffix),
                               "models of type '(t5|llama)' cannot be exported .*; supported are bert, ")
                 for ability, suffix in (("protobuf", ".pb"), ("hdf5", ".hdf5"), ("python", ""))}
+    refusals["accelerate"] = Cell("no", functools.partial(is_not_accelerated, NOT_SUPPORTED),
+                                  f"(T5|Llama)For.* has no layers of {re.escape(FAMILIES)}")
     return ({name: fairseq_row(*row) for name, row in FAIRSEQ.items()}
             | {name: hugging_face_row(*row) for name, row in HUGGING_FACE.items()}
-            | {"hf-t5": Row("Hugging Face: T5, Llama", refusals | {"accelerate": not_accelerated(NOT_SUPPORTED)})})
+            | {"hf-t5": Row("Hugging Face: T5, Llama", refusals)})
 
 
 MATRIX = matrix()

@@ -17,6 +17,9 @@ _CLASSES = bert.CLASSES | bart.CLASSES | gpt2.CLASSES
 _LAYERS = {original: ours for original, ours in _CLASSES.items() if issubclass(ours, PackedLayer)}
 _ORIGINALS = {ours: original for original, ours in _CLASSES.items()}
 
+FAMILIES = "BERT, (XLM-)RoBERTa, CamemBERT, (m)BART, Marian, M2M100 (NLLB) or GPT-2"
+"""Those whose layers can be replaced, in words."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -35,7 +38,8 @@ class Report:
 
 
 def accelerate(model: Model, graphs: bool = True) -> tuple[Model, Report]:
-    """Let our operators compute the layers of ``model``, a BERT, RoBERTa, BART or GPT-2 of transformers, in place.
+    """Let our operators compute the layers of ``model``, one of transformers whose family is among :data:`FAMILIES`, in
+    place.
 
     Parameters stay where they are and keep their names, so that checkpoints, optimizers and tied weights do not notice.
     Layers run over the real tokens alone: outputs in padded slots are 0. With ``graphs``, on CUDA, all layers of a
@@ -51,7 +55,7 @@ def accelerate(model: Model, graphs: bool = True) -> tuple[Model, Report]:
     lists = [(name, owner, child) for name, owner in model.named_modules() for child, layers in owner.named_children()
              if isinstance(layers, nn.ModuleList) and any(type(layer) in _LAYERS for layer in layers)]
     if not lists:
-        raise ValueError(f"accelerate: {type(model).__name__} has no layers of BERT, RoBERTa, BART or GPT-2")
+        raise ValueError(f"accelerate: {type(model).__name__} has no layers of {FAMILIES}")
     wrong: list[str] = []
     stacks: dict[str, tuple[str, int]] = {}
     for name, owner, child in lists:

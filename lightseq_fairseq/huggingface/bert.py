@@ -1,4 +1,4 @@
-"""Layers of Hugging Face's BERT and RoBERTa as ours: post-LN, without cross-attention."""
+"""Layers of Hugging Face's BERT and RoBERTa, XLM-RoBERTa and CamemBERT as ours: post-LN, without cross-attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 from transformers.models.bert import modeling_bert
+from transformers.models.camembert import modeling_camembert
 from transformers.models.roberta import modeling_roberta
+from transformers.models.xlm_roberta import modeling_xlm_roberta
 
 from lightseq_fairseq.huggingface.caching_attention import CachingAttention
 from lightseq_fairseq.huggingface.checks import (
@@ -77,6 +79,18 @@ class RobertaAttention(_Attention, modeling_roberta.RobertaAttention):
     """RobertaAttention's modules under our computation."""
 
     original = modeling_roberta.RobertaAttention
+
+
+class XLMRobertaAttention(_Attention, modeling_xlm_roberta.XLMRobertaAttention):
+    """XLMRobertaAttention's modules under our computation."""
+
+    original = modeling_xlm_roberta.XLMRobertaAttention
+
+
+class CamembertAttention(_Attention, modeling_camembert.CamembertAttention):
+    """CamembertAttention's modules under our computation."""
+
+    original = modeling_camembert.CamembertAttention
 
 
 class _Layer(SelfAttentionLayer, TransformerDecoderLayer):
@@ -150,7 +164,19 @@ class RobertaLayer(_Layer, modeling_roberta.RobertaLayer):
     original = modeling_roberta.RobertaLayer
 
 
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    modeling_bert.BertLayer: BertLayer, modeling_bert.BertAttention: BertAttention,
-    modeling_roberta.RobertaLayer: RobertaLayer, modeling_roberta.RobertaAttention: RobertaAttention}
+class XLMRobertaLayer(_Layer, modeling_xlm_roberta.XLMRobertaLayer):
+    """XLMRobertaLayer's modules under our computation."""
+
+    original = modeling_xlm_roberta.XLMRobertaLayer
+
+
+class CamembertLayer(_Layer, modeling_camembert.CamembertLayer):
+    """CamembertLayer's modules under our computation."""
+
+    original = modeling_camembert.CamembertLayer
+
+
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {ours.original: ours for ours in (
+    BertAttention, BertLayer, RobertaAttention, RobertaLayer, XLMRobertaAttention, XLMRobertaLayer, CamembertAttention,
+    CamembertLayer)}
 """Hugging Face's classes and those that take their place."""

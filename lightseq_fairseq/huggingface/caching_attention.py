@@ -19,11 +19,11 @@ class CachingAttention(PackedAttention, nn.Module):
     keep: Callable[[Tensor], object] | None = None
     """Is handed keys and values of this call, (N, 2, H, D)."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's, or ours where a Packing comes second."""
-        if args and isinstance(args[0], Packing):
-            return PackedAttention.forward(self, x, *args, **kwargs)
-        return self.original.forward(self, x, *args, **kwargs)
+        ours = len(args) > 1 and isinstance(args[1], Packing)
+        forward: Callable[..., Any] = PackedAttention.forward if ours else self.original.forward
+        return forward(self, *args, **kwargs)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As our attention has it, which keeps keys and values where asked to."""

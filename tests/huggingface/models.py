@@ -13,19 +13,22 @@ from lightseq_fairseq.huggingface import accelerate
 from tests.conftest import scramble
 
 VOCAB = 61
+BERTS = ("bert", "roberta", "xlmroberta", "camembert")
+BARTS = ("bart", "mbart", "marian", "m2m100")
 NO_DROPOUT = {
-    "bert": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "roberta": dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "bart": dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0),
+    **dict.fromkeys(BERTS, dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+    **dict.fromkeys(BARTS, dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)),
     "gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0),
 }
 _CONFIGS = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig, "bart": transformers.BartConfig,
-            "gpt2": transformers.GPT2Config}
+            "xlmroberta": transformers.XLMRobertaConfig, "camembert": transformers.CamembertConfig,
+            "mbart": transformers.MBartConfig, "marian": transformers.MarianConfig,
+            "m2m100": transformers.M2M100Config, "gpt2": transformers.GPT2Config}
 DROPOUT = {family: dict.fromkeys(options, 0.2) for family, options in NO_DROPOUT.items()}
 
 
 def config(family: str, **options: Any) -> transformers.PreTrainedConfig:
-    """Three layers (BART two and two) of width 48 with 4 heads, no dropout unless ``options`` say so."""
+    """Three layers (BART's like two and two) of width 48 with 4 heads, no dropout unless ``options`` say so."""
     sizes: dict[str, dict[str, Any]] = {
         "bert": dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
                      max_position_embeddings=40),
@@ -33,7 +36,8 @@ def config(family: str, **options: Any) -> transformers.PreTrainedConfig:
                      decoder_attention_heads=4, encoder_ffn_dim=80, decoder_ffn_dim=80, max_position_embeddings=40,
                      decoder_start_token_id=2, forced_eos_token_id=None),
         "gpt2": dict(n_embd=48, n_layer=3, n_head=4, n_inner=80, n_positions=40)}
-    sizes["roberta"] = sizes["bert"] | dict(type_vocab_size=2)
+    sizes |= dict.fromkeys(BERTS[1:], sizes["bert"] | dict(type_vocab_size=2))
+    sizes |= dict.fromkeys(BARTS[1:], sizes["bart"] | dict(encoder_layerdrop=0.0, decoder_layerdrop=0.0))
     tokens = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return _CONFIGS[family](**tokens | sizes[family] | NO_DROPOUT[family] | options)
 
@@ -73,7 +77,7 @@ def batch(kind: str, device: torch.device | str = "cpu", side: str = "right", le
     elif kind.endswith("QuestionAnswering"):
         start = real.long().argmax(1)
         given |= {"start_positions": start, "end_positions": start + torch.tensor(lengths) // 2}
-    elif kind.endswith("ConditionalGeneration"):
+    elif kind.endswith(("ConditionalGeneration", "MTModel")):
         given["labels"] = torch.randint(4, VOCAB, (len(lengths), 5), generator=generator)
         given["labels"][1, 3:] = -100
     return {name: tensor.to(device) for name, tensor in given.items()}

@@ -20,8 +20,11 @@ from tests.tolerances import GRADIENT, LAYER, OP
 KINDS = ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification",
          "BertForQuestionAnswering", "RobertaForMaskedLM", "RobertaForSequenceClassification",
          "RobertaForTokenClassification", "BartModel", "BartForConditionalGeneration", "BartForSequenceClassification",
-         "GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "GPT2ForTokenClassification")
-LAYERS = {"Bert": 3, "Robe": 3, "Bart": 2 + 2 * 2, "GPT2": 3}
+         "GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "GPT2ForTokenClassification",
+         "XLMRobertaForTokenClassification", "CamembertForMaskedLM", "MBartForConditionalGeneration", "MarianMTModel",
+         "M2M100ForConditionalGeneration")
+LAYERS = {**dict.fromkeys(("Bert", "Robe", "XLMR", "Came", "GPT2"), 3),
+          **dict.fromkeys(("Bart", "MBar", "Mari", "M2M1"), 2 + 2 * 2)}
 """Attentions of one forward pass."""
 
 
@@ -98,7 +101,8 @@ def test_outputs_and_gradients_are_hugging_face_s(kind, attention, device, atten
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none", "no mask"])
-@pytest.mark.parametrize("kind", ["BertForTokenClassification", "RobertaModel", "GPT2LMHeadModel", "BartModel"])
+@pytest.mark.parametrize("kind", ["BertForTokenClassification", "RobertaModel", "GPT2LMHeadModel", "BartModel",
+                                  "MBartModel"])
 def test_padding_on_either_side(kind, side, device, attentions):
     stock, ours = pair(kind, device)
     lengths = (7, 3, 9, 1) if side in ("left", "right") else (6, 6, 6)
@@ -213,7 +217,8 @@ def test_dropouts_that_come_to_differ_are_refused(device):
         ours(**batch("GPT2Model", device))
 
 
-@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration", "GPT2LMHeadModel",
+                                  "MBartForConditionalGeneration"])
 def test_hidden_states_between_the_layers(kind, device, attentions):
     stock, ours = pair(kind, device)
     given = batch(kind, device)
@@ -231,7 +236,8 @@ def test_hidden_states_between_the_layers(kind, device, attentions):
     assert sum(call[0][0].size(0) for call in attentions) - between == between // 2
 
 
-@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BartForConditionalGeneration", "GPT2LMHeadModel",
+                                  "MBartForConditionalGeneration"])
 def test_attention_weights_are_hugging_face_s_own(kind, device, attentions, lines):
     stock, ours = pair(kind, device, "eager")
     given = batch(kind, device)
@@ -309,10 +315,11 @@ def test_sentences_told_apart_by_position_go_to_hugging_face_s_layers(device, at
 
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(do_sample=True, top_k=7)],
                          ids=["greedy", "beam", "sampling"])
-@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BartForConditionalGeneration", "BertLMHeadModel"])
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "BartForConditionalGeneration", "BertLMHeadModel",
+                                  "M2M100ForConditionalGeneration", "MarianMTModel"])
 def test_generate(kind, options, device, attentions):
     stock, ours = pair(kind, device, **(dict(is_decoder=True) if kind.startswith("Bert") else {}))
-    given = batch(kind, device, side="right" if kind.startswith("Bart") else "left")
+    given = batch(kind, device, side="left" if "LMHead" in kind else "right")
     given = {name: given[name] for name in ("input_ids", "attention_mask")}
     ids = []
     for model in (stock, ours):
@@ -531,7 +538,7 @@ def test_pruned_heads_are_refused():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="DistilBertModel has no layers of BERT, RoBERTa, BART or GPT-2"):
+    with pytest.raises(ValueError, match="DistilBertModel has no layers of BERT, .XLM-.RoBERTa, .* or GPT-2"):
         accelerate(transformers.DistilBertModel(transformers.DistilBertConfig(dim=48, n_layers=1, n_heads=4,
                                                                               hidden_dim=80, vocab_size=61)))
 

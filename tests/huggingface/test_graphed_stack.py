@@ -20,7 +20,7 @@ from tests.huggingface.test_accelerate import assert_same_gradients, assert_same
 from tests.tolerances import LAYER
 
 KINDS = ("BertForMaskedLM", "BertForSequenceClassification", "RobertaForTokenClassification",
-         "BartForConditionalGeneration", "GPT2LMHeadModel")
+         "BartForConditionalGeneration", "MBartForConditionalGeneration", "GPT2LMHeadModel")
 
 
 @pytest.fixture(autouse=True)
