@@ -8,6 +8,7 @@ the outcome with fairseq's or Hugging Face's own; or that comes back with the se
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import re
@@ -90,7 +91,7 @@ class Place:
         name = f"{family.arch}, scrambled"
         if name not in self.trained:
             stock = self.stock(family)
-            model, state = stock.model, torch.load(stock.checkpoint)
+            model, state = copy.deepcopy(stock.model), torch.load(stock.checkpoint)
             state["model"] = scramble(model, scale=0.3).state_dict()
             self.trained[name] = Stock(stock.checkpoint.with_name("scrambled.pt"), [])
             torch.save(state, self.trained[name].checkpoint)
@@ -185,9 +186,10 @@ def continues(family: Fairseq, place: Place, load: Callable[..., Any]) -> None:
 
 def encodes(family: Fairseq, place: Place, load: Callable[..., Any]) -> None:
     """fairseq's features of padded sentences."""
+    model = place.scrambled(family).model
     tokens, mask = padded(texts(high=40), pad=1)
     with torch.no_grad():
-        expected, _ = place.scrambled(family).model(tokens, features_only=True)
+        expected, _ = model(tokens, features_only=True)
     found = torch.from_numpy(load(lsi.Bert).infer(tokens.numpy()))
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **tolerances.LAYER)
 
