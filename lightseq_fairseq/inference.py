@@ -56,9 +56,8 @@ class _Model:
                         **options: Any) -> Model:
         """``path`` is a folder as Hugging Face's ``save_pretrained`` writes it, or a model file; otherwise as the class
         itself. What generation_config.json suggests, in the folder or in the one that lightseq-export left beside the
-        file, is the default of the options. A target's first token that it forces counts in the score by its
-        log-probability, as fairseq's prefixes do; Hugging Face counts 0, and where lengths differ may rank beams
-        differently."""
+        file, is the default of the options. A target's first token that it forces does not count in the score, as
+        with Hugging Face, unless ``score_prefix`` is given."""
         if Path(path).is_dir():
             from lightseq_fairseq.export.huggingface import from_huggingface
 
@@ -137,6 +136,8 @@ class Transformer(_Model):
         if limit is not None and self.limited_by_source:  # which counts the start token and eos
             self.options = replace(self.options, max_len_b=max(limit - 2, 1))
             self.limited_by_source = False
+        if self.first_tokens and "score_prefix" not in options:
+            self.options = replace(self.options, score_prefix=False)
 
     def infer(self, input_seq: Ids, attention_mask: Ids | None = None
               ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:

@@ -271,7 +271,7 @@ def infers(family: HuggingFace, place: Place, load: Callable[..., Any]) -> None:
             stock.generation_config.forced_bos_token_id = family.first_token
             folder = folder_of(stock, place.folder / f"{name}, first token")
             (folder / "tokenizer.json").write_text("{}")  # with which generation_config.json travels
-            infers_targets(stock, functools.partial(load, folder, family.cls), beam=1)
+            infers_targets(stock, functools.partial(load, folder, family.cls))
 
 
 def infers_hidden_states(stock: Any, load: Callable[..., Any]) -> None:
@@ -286,8 +286,7 @@ def infers_hidden_states(stock: Any, load: Callable[..., Any]) -> None:
 
 
 def infers_targets(stock: Any, load: Callable[..., Any], beam: int = 3) -> None:
-    """The best target of a search. Where generation_config forces the first token, its probability counts as that of
-    fairseq's prefixes does, not so in Hugging Face: one beam tells no difference."""
+    """The best target of a search, behind a first token that generation_config may force."""
     rows, eos = texts(), stock.config.eos_token_id
     bart = load(beam=beam, nbest=1, lenpen=1.0, min_len=0, max_len_b=10, force_eos=False, no_repeat_ngram_size=2)
     tokens, _ = bart.infer([row.tolist() for row in rows])

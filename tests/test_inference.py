@@ -114,6 +114,26 @@ def test_bart(name, beam, early, saved, device):
         assert until_eos(found, eos) == until_eos(row, eos)
 
 
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("first", [6, 17])
+def test_a_forced_first_token_does_not_count(first, early, tmp_path, device):
+    """Its log-probability, divided by lengths, would rank hypotheses of other lengths otherwise."""
+    stock = random_model("bart")
+    stock.final_logits_bias[0, stock.config.eos_token_id] += 2  # or all targets would be of one length
+    folder = folder_of(stock, tmp_path)
+    suggested = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(suggested | {"forced_bos_token_id": first}))
+    eos, rows = stock.config.eos_token_id, texts(LENGTHS)
+    options = dict(beam=4, nbest=1, lenpen=2.0, min_len=0, max_len_b=10, force_eos=False, early_stopping=early)
+    ours, counted = (lsi.Bart.from_pretrained(folder, 8, device, **options, **more)
+                     for more in ({}, {"score_prefix": True}))
+    expected = hugging_face_targets(stock, rows, ours.config.start, num_beams=4, early_stopping=early,
+                                    forced_bos_token_id=first, length_penalty=2.0)
+    best, other = ([until_eos(ids, eos) for ids in model.infer([row.tolist() for row in rows])[0][:, 0].tolist()]
+                   for model in (ours, counted))
+    assert best == [until_eos(row, eos) for row in expected] != other
+
+
 @pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
 def test_a_model_in_memory_is_as_good_as_its_folder(name, tmp_path, device):
     stock = random_model(name)

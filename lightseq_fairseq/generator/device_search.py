@@ -25,7 +25,7 @@ from lightseq_fairseq.generator.device_state import (
     columns_of,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
+from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_prefix
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.generator.refill import Refill, Slots
@@ -125,6 +125,8 @@ class DeviceSearch:
         if options.sampling and draws is None and options.seed is not None:
             draws = torch.Generator(self.model.device).manual_seed(options.seed)
         record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens, draws)
+        if prefix_tokens is not None and not options.score_prefix:
+            record = without_prefix(record, (prefix_tokens != config.pad).sum(1).tolist())
         found = read(record, max_lens, Ranking(options.lenpen, options.normalize_scores), options.nbest, config.eos)
         check_found(found)
         return found

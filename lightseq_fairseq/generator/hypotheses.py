@@ -182,6 +182,21 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     return found
 
 
+def without_prefix(record: list[Array], lengths: Sequence[int]) -> list[Array]:
+    """The record of :func:`read` as if the first ``lengths`` (B,) tokens, which all hypotheses of a sentence have, had
+    been certain."""
+    if not any(lengths):
+        return record
+    ended, totals, beams, tokens, parents, scores = record
+    free = np.minimum(lengths, len(scores))
+    before = np.where(free > 0, scores[free - 1, np.arange(len(free)), 0], np.float32(0))  # of all that goes on
+    inside = (np.arange(len(scores))[:, None] < free)[..., None]
+    lost = np.where(inside, np.float32(0), before[:, None])
+    totals, scores = (np.where(inside & np.isfinite(column), np.float32(0), column - lost)
+                      for column in (totals, scores))
+    return [ended, totals, beams, tokens, parents, scores]
+
+
 def _pool(record: list[Array], last_steps: Ints, beam: int, eos: int, ranking: Ranking) -> Pool:
     """The hypotheses that count, which end no later than their sentence's last step.
 

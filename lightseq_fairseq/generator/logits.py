@@ -139,7 +139,8 @@ class NoRepeatNgram(Rule):
 class ForcedTokens:
     """What each sentence must say at each step: its prefix, and eos at its length limit if that is ``force_eos``."""
 
-    def __init__(self, max_lens: Tensor, prefix: Tensor | None, pad: int, eos: int, force_eos: bool = True) -> None:
+    def __init__(self, max_lens: Tensor, prefix: Tensor | None, pad: int, eos: int, force_eos: bool = True,
+                 score_prefix: bool = True) -> None:
         """``max_lens`` (B,) int64 and ``prefix`` (B, P) int64, pad where free, both on the decoding device."""
         steps = torch.arange(int(max_lens.max()) + 1, device=max_lens.device)
         self.tokens = torch.full((max_lens.numel(), steps.numel()), pad, device=max_lens.device)  # (B, T)
@@ -148,6 +149,7 @@ class ForcedTokens:
             self.tokens[:, :width] = prefix[:, :width]
         at_limit = steps >= max_lens[:, None]
         self.ends = (self.tokens == eos) & ~at_limit  # the prefix itself ends here, (B, T)
+        self.unscored = None if score_prefix or prefix is None else self.tokens != pad
         if force_eos:
             self.tokens.masked_fill_(at_limit, eos)
         self.free = pad
@@ -163,6 +165,8 @@ class ForcedTokens:
     def put(self, step: int, lprobs: Tensor, taken: Tensor) -> None:
         """Leave only the forced token, at the log-probability ``taken``, to the sentences that have one."""
         forced = self.tokens[:, step] != self.free
+        if self.unscored is not None:
+            taken = taken.masked_fill(self.unscored[:, step, None, None], 0.0)
         lprobs.masked_fill_(forced[:, None, None], -torch.inf)
         lprobs.scatter_(2, self._tokens(step, lprobs), taken)
 
@@ -180,3 +184,5 @@ class ForcedTokens:
     def keep(self, sentences: Tensor) -> None:
         """(B',) int64: only these sentences go on."""
         self.tokens, self.ends = self.tokens[sentences], self.ends[sentences]
+        if self.unscored is not None:
+            self.unscored = self.unscored[sentences]

@@ -51,6 +51,9 @@ class GenerationOptions:
     """False drops the division: a hypothesis scores ``sum(log p)``."""
     min_len: int = 1
     """eos is not chosen at the first ``min_len`` steps; tokens forced by a prefix are exempt."""
+    score_prefix: bool = True
+    """Whether tokens that a prefix forces count in scores by their log-probabilities, as in fairseq; False counts 0, as
+    Hugging Face does."""
     max_len_a: float = 0.0
     """eos is forced at step ``min(int(max_len_a * src_len + max_len_b), max_target_positions - 1)``,
     where src_len counts the source's eos."""

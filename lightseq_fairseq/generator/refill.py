@@ -27,7 +27,7 @@ from lightseq_fairseq.generator.device_state import (
     forced_tokens,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read
+from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_prefix
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.capture import captured
@@ -82,6 +82,10 @@ class _Request:
     page: _Page | None = None
     begin: int = 0
     """Of its source in the pool."""
+
+    def unscored(self, pad: int) -> int:
+        """Tokens in front that count nothing."""
+        return 0 if self.prefix is None or self.options.score_prefix else int((self.prefix != pad).sum())
 
 
 @dataclass
@@ -262,7 +266,9 @@ class Refill:
             alike.setdefault(key, []).append(place)
         for (ranking, nbest, beam), places in alike.items():
             limits = [requests[place].limit for place in places]
-            found = read(columns_of(record[:, places, :beam]), limits, ranking, nbest, self.step.config.eos)
+            columns = without_prefix(columns_of(record[:, places, :beam]),
+                                     [requests[place].unscored(self.step.config.pad) for place in places])
+            found = read(columns, limits, ranking, nbest, self.step.config.eos)
             yield from ((requests[place].ticket, hypotheses)
                         for place, hypotheses in zip(places, found, strict=True))
 

@@ -93,6 +93,8 @@ def test_prefixes(beam, prefix, device):
     model = Transformer(random_model(), device)
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, unkpen=1.5)
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, max_lens=[2, 9, 3])
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_prefix=False)
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_prefix=False, max_lens=[2, 9, 3])
 
 
 @pytest.mark.parametrize("options", [
