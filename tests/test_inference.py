@@ -131,7 +131,8 @@ def test_a_forced_first_token_does_not_count(first, early, tmp_path, device):
                                     forced_bos_token_id=first, length_penalty=2.0)
     best, other = ([until_eos(ids, eos) for ids in model.infer([row.tolist() for row in rows])[0][:, 0].tolist()]
                    for model in (ours, counted))
-    assert best == [until_eos(row, eos) for row in expected] != other
+    assert best == [until_eos(row, eos) for row in expected]
+    assert best != other or not early  # a search that stops late finds the best of either
 
 
 @pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
