@@ -11,6 +11,6 @@ mypy lightseq_fairseq/{config.py,model_file,export,generator,huggingface,inferen
 if [ $# = 0 ]; then
   cores=$(nproc)
   export OMP_NUM_THREADS=1
-  set -- -n $((cores < 8 ? cores : 8)) --dist worksteal
+  set -- -n $((cores < 8 ? cores : 8)) --dist worksteal --durations 10
 fi
 exec python -m pytest "$@"
