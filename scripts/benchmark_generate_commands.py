@@ -40,8 +40,8 @@ def as_stock(checkpoint: Path, folder: Path) -> Path:
     fairseq_compat.apply()
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     model = state["cfg"]["model"]
+    fields = vars(model) if isinstance(model, argparse.Namespace) else model  # of a command line, or of hydra
     for name in ("_name", "arch"):
-        fields = model if isinstance(model, dict) or hasattr(model, "_metadata") else vars(model)
         if isinstance(fields.get(name), str):
             fields[name] = fields[name].removeprefix("ls_")
     path = folder / "stock.pt"

@@ -16,8 +16,8 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = 
     """What is launched inside becomes ``graph``, whose memory comes from ``pool`` or else is its own.
 
     Nothing may disturb a capture. Other threads may go on using CUDA: fairseq's data loader pins memory in one of its
-    own. And Python does not look for garbage meanwhile: to free what a graph or a pinned tensor held, in the middle of
-    whatever line of ours, is among the calls that end a capture.
+    own. And Python does not look for garbage meanwhile, in the middle of whatever line of ours: to free another graph
+    ends a capture.
     """
     stream.wait_stream(torch.cuda.current_stream())
     collects = gc.isenabled()
@@ -38,8 +38,8 @@ def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None
              trial: AbstractContextManager[object] | None = None) -> list[Callable[[], None]]:
     """What replays each of ``works``, to be called in their order, as they may need what those before leave behind.
 
-    They run twice: as they are, inside ``trial`` if given, since what libraries set up at a first call may end a
-    capture; and captured, on this thread, backward passes too, which autograd would run on one of its own.
+    They run twice: as they are, inside ``trial`` if given, so that what a first call sets up is no part of a graph;
+    and captured, on this thread, backward passes too, which autograd would run on one of its own.
     """
     graphs = []
     stream = stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
