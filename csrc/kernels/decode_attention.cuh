@@ -106,32 +106,39 @@ __device__ __forceinline__ void finish(T* context, const Softmax& softmax) {
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels
 
-// WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B).
-// qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,), context (R, H, D). What comes first in
-// each past, or null: before (N, 2, H, D), a sentence's first token and its end at bounds[b * apart] and the one behind,
-// its last token left out. Dynamic shared memory: LANES pieces a warp.
-template <typename T, int LANES, int WARPS>
-__global__ void __launch_bounds__(1024)
-    self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps, int beam,
-                   const T* before, const int* bounds, int apart, int most, int dim, long value_offset) {
+// What self-attention reads and writes: qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,).
+// What comes first in each past, or null: before (N, 2, H, D), a sentence's first token and its end at bounds[b * apart]
+// and the one behind, its last token left out.
+template <typename T>
+struct Past {
+  T* cache;
+  const T *qkv, *before;
+  const unsigned char* ancestors;
+  const int *steps, *bounds;
+  int apart, beam, most, heads, dim;
+  long value_offset;
+};
+
+// Beam k of a (head, sentence), by WARPS warps that leave LANES pieces each in `pieces` (beams, WARPS, LANES); all threads
+// of the block must come, those of beams that are not there too. True for the lanes that then have the softmax.
+template <int LANES, int WARPS, typename T>
+__device__ __forceinline__ bool attend_to_past(Softmax& softmax, Piece* pieces, const Past<T>& past, int head,
+                                               int sentence, int k, bool there) {
   constexpr int kGroups = kWarp / LANES, kStride = WARPS * kGroups;
-  extern __shared__ Piece pieces[];
-  const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y, k = threadIdx.x / (WARPS * kWarp);
+  const int heads = past.heads, dim = past.dim, beam = past.beam;
   const int warp = threadIdx.x / kWarp % WARPS, lane = threadIdx.x % kWarp, place = lane % LANES;
   const int column = place * kOctet, group = warp * kGroups + lane / LANES;
-  const long row = static_cast<long>(sentence) * beam + k;
   const bool real = column < dim;
-  const T* const own = qkv + (row * 3 * heads + head) * dim + (real ? column : 0);
-  T* const keys = cache + (static_cast<long>(sentence) * heads + head) * most * beam * dim + (real ? column : 0);
-  const unsigned char* const history = ancestors + row * most;
+  const long row = static_cast<long>(sentence) * beam + (there ? k : 0);
+  const T* const own = past.qkv + (row * 3 * heads + head) * dim + (real ? column : 0);
+  T* const keys = past.cache + (static_cast<long>(sentence) * heads + head) * past.most * beam * dim +
+                  (real ? column : 0);
+  const unsigned char* const history = past.ancestors + row * past.most;
   Piece* const mine = pieces + (k * WARPS) * LANES + place;  // of the beam's first warp
 
-  launch_next();
-  wait_for_previous();
-  const int now = steps[sentence];
+  const int now = past.steps[sentence];
   float q[kOctet] = {};
   if (real) load<kOctet>(own, q);
-  Softmax softmax;
   const auto walk = [&](int count, long values_at, const auto& slot_of) {
     for (int first = 0; first < count; first += kStride * kUnroll) {
       Packed<T, kOctet> key[kUnroll], value[kUnroll];
@@ -154,21 +161,21 @@ __global__ void __launch_bounds__(1024)
       softmax.add(score, v);
     }
   };
-  if (before) {
-    const int begin = bounds[sentence * apart], end = bounds[sentence * apart + 1];
+  if (past.before) {
+    const int begin = past.bounds[sentence * past.apart], end = past.bounds[sentence * past.apart + 1];
     const long width = static_cast<long>(heads) * dim;
-    const T* const texts = before + begin * 2 * width + head * dim + (real ? column : 0);
+    const T* const texts = past.before + begin * 2 * width + head * dim + (real ? column : 0);
     walk(end - begin - 1, width, [&](int at) { return texts + at * 2 * width; });
   }
-  walk(now, value_offset, [&](int at) { return keys + (static_cast<long>(at) * beam + history[at]) * dim; });
+  walk(now, past.value_offset, [&](int at) { return keys + (static_cast<long>(at) * beam + history[at]) * dim; });
   if (warp == 0) {  // this step's own key and value, which no slot holds yet
     float wide[kOctet] = {}, v[1][kOctet] = {};
     if (real) {
       const Packed<T, kOctet> key = request<kOctet>(own + heads * dim), value = request<kOctet>(own + 2 * heads * dim);
-      if (lane < LANES) {
+      if (lane < LANES && there) {
         T* const slot = keys + (static_cast<long>(now) * beam + k) * dim;
         *reinterpret_cast<Packed<T, kOctet>*>(slot) = key;
-        *reinterpret_cast<Packed<T, kOctet>*>(slot + value_offset) = value;
+        *reinterpret_cast<Packed<T, kOctet>*>(slot + past.value_offset) = value;
       }
       key.widen(wide);
       value.widen(v[0]);
@@ -181,10 +188,24 @@ __global__ void __launch_bounds__(1024)
     if (lane < LANES) mine[warp * LANES].keep(softmax);
     __syncthreads();
   }
-  if (warp > 0 || lane >= LANES || !real) return;
+  if (warp > 0 || lane >= LANES || !real || !there) return false;
 #pragma unroll
   for (int w = 1; w < WARPS; ++w) mine[w * LANES].merge_into(softmax);
-  finish(context + (row * heads + head) * dim + column, softmax);
+  return true;
+}
+
+// WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B). context
+// (R, H, D). Dynamic shared memory: LANES pieces a warp.
+template <typename T, int LANES, int WARPS>
+__global__ void __launch_bounds__(1024) self_attention(T* context, const Past<T> past) {
+  extern __shared__ Piece pieces[];
+  const int head = blockIdx.x, sentence = blockIdx.y, k = threadIdx.x / (WARPS * kWarp);
+  launch_next();
+  wait_for_previous();
+  Softmax softmax;
+  if (!attend_to_past<LANES, WARPS>(softmax, pieces, past, head, sentence, k, true)) return;
+  const long row = static_cast<long>(sentence) * past.beam + k;
+  finish(context + (row * past.heads + head) * past.dim + threadIdx.x % LANES * kOctet, softmax);
 }
 
 // A block of WARPS warps for BEAMS beams of a (head, sentence): grid (H, B, beams / BEAMS). q, context (R, H, D),
@@ -273,19 +294,16 @@ void dispatch_lanes(int dim, F&& f) {
 }
 
 template <typename T>
-void self_attention(T* context, T* cache, const T* qkv, const unsigned char* ancestors, const int* steps,
-                    const T* before, const int* bounds, int apart, int batch, int beam, int most, int heads, int dim,
-                    cudaStream_t stream) {
-  const long value_offset = static_cast<long>(batch) * heads * most * beam * dim;
-  dispatch_lanes(dim, [&](auto lanes) {
+void self_attention(T* context, const Past<T>& past, int batch, cudaStream_t stream) {
+  const int beam = past.beam;
+  dispatch_lanes(past.dim, [&](auto lanes) {
     constexpr int LANES = decltype(lanes)::value;
     const auto launch = [&](auto warps) {
       constexpr int WARPS = decltype(warps)::value;
-      launch_early("decode_attention::self_attention", self_attention<T, LANES, WARPS>, dim3(heads, batch),
-                   beam * WARPS * kWarp, beam * WARPS * LANES * static_cast<int>(sizeof(Piece)), stream, context, cache,
-                   qkv, ancestors, steps, beam, before, bounds, apart, most, dim, value_offset);
+      launch_early("decode_attention::self_attention", self_attention<T, LANES, WARPS>, dim3(past.heads, batch),
+                   beam * WARPS * kWarp, beam * WARPS * LANES * static_cast<int>(sizeof(Piece)), stream, context, past);
     };
-    const bool is_long = most > 64 || before;
+    const bool is_long = past.most > 64 || past.before;
     if (is_long && beam <= 4) return launch(std::integral_constant<int, 8>{});
     if (is_long && beam <= 8) return launch(std::integral_constant<int, 4>{});
     if (beam <= 16) return launch(std::integral_constant<int, 2>{});

@@ -181,6 +181,127 @@ __device__ __forceinline__ void row_statistics(float2* statistics, const Operand
   }
 }
 
+// What a warp has of x (BM, chunk) times weight (BN, chunk) transposed, both in shared memory, rows `stride` apart; then
+// of all warps to `results` (WK, BM, kStride).
+template <typename T, class Shape>
+struct Products {
+  static constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, part = warp % Shape::WK;
+  const int column = warp / Shape::WK % Shape::WN * kColumnTiles * 16;
+  const int row = warp / (Shape::WK * Shape::WN) * kRowTiles * 16;
+  float sum[kRowTiles][kColumnTiles * 2][4] = {};
+
+  __device__ __forceinline__ void add(const T* x, const T* weight, int stride, int chunk) {
+#pragma unroll 4
+    for (int k = part * 16; k < chunk; k += Shape::WK * 16) {
+      uint32_t left[kRowTiles][4], right[4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) load_left(left[m], x + (row + m * 16) * stride + k, stride);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        load_right(right, weight + (column + n * 16) * stride + k, stride);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply_add<T>(sum[m][2 * n], left[m], right[0], right[1]);
+          multiply_add<T>(sum[m][2 * n + 1], left[m], right[2], right[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void keep(float* results) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles * 2; ++n) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = row + m * 16 + half * 8 + lane / 4, c = column + n * 8 + lane % 4 * 2;
+          float2* const to = reinterpret_cast<float2*>(results + (part * Shape::BM + r) * Shape::kStride + c);
+          *to = make_float2(sum[m][n][2 * half], sum[m][n][2 * half + 1]);
+        }
+      }
+    }
+  }
+};
+
+// The parts of octet i of the results, added up.
+template <class Shape>
+__device__ __forceinline__ void add_parts(float (&y)[kOctet], const float* results, int i) {
+  constexpr int kRowOctets = Shape::BN / kOctet;
+  const float* const first = results + i / kRowOctets * Shape::kStride + i % kRowOctets * kOctet;
+  float add[Shape::WK][kOctet];
+#pragma unroll
+  for (int p = 0; p < Shape::WK; ++p) load_octet(first + p * Shape::BM * Shape::kStride, add[p]);
+#pragma unroll
+  for (int e = 0; e < kOctet; ++e) {
+    y[e] = add[0][e];
+#pragma unroll
+    for (int p = 1; p < Shape::WK; ++p) y[e] += add[p][e];
+  }
+}
+
+// What becomes of octet i of the results, by all of `lanes`. Tables in shared memory: bias, gain, shift, column_sums
+// (BN,), residual (BM, BN), its rows residual_stride apart, statistics (BM,).
+template <typename T, class Shape>
+struct Epilogue {
+  const T *bias, *gain, *shift, *residual;
+  const float* column_sums;
+  const float2* statistics;
+  int residual_stride, first_row, rows, first_output, outputs;
+
+  __device__ __forceinline__ void finish(const Operands<T>& a, int i, float (&y)[kOctet], unsigned lanes) const {
+    constexpr int kRowOctets = Shape::BN / kOctet;
+    const int r = i / kRowOctets, c = i % kRowOctets * kOctet;
+    const bool inside = r < rows && c < outputs;
+    const float2 row_statistics = a.moments && inside ? statistics[r] : make_float2(0.f, 1.f);
+    float more[kOctet], times[kOctet];
+    if (a.sums) {
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) y[e] = row_statistics.y * (y[e] - row_statistics.x * column_sums[c + e]);
+    }
+    if (a.bias) {
+      load<kOctet>(bias + c, more);
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) y[e] += more[e];
+    }
+    if (a.activation != Activation::kLinear) {
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) y[e] = activate(a.activation, y[e]);
+    }
+    if (a.residual) {
+      load<kOctet>(residual + r * residual_stride + c, more);
+      if (a.gain) {
+        load<kOctet>(gain + c, times);
+#pragma unroll
+        for (int e = 0; e < kOctet; ++e) more[e] = (more[e] - row_statistics.x) * (row_statistics.y * times[e]);
+        load<kOctet>(shift + c, times);
+#pragma unroll
+        for (int e = 0; e < kOctet; ++e) more[e] += times[e];
+      }
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) y[e] += more[e];
+    }
+    Packed<T, kOctet> rounded;
+    rounded.narrow(y);
+    const long row = first_row + r;
+    if (inside) *reinterpret_cast<Packed<T, kOctet>*>(a.out + row * a.outer + first_output + c) = rounded;
+    if (a.left) {  // of two octets, which are neighbours' both
+      rounded.widen(y);
+      float mean = 0.f, squares = 0.f;
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) mean += y[e] / kMomentColumns;
+      mean += __shfl_xor_sync(lanes, mean, 1);
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) squares += (y[e] - mean) * (y[e] - mean);
+      squares += __shfl_xor_sync(lanes, squares, 1);
+      if (inside && i % 2 == 0) {
+        a.left[row * (a.outer / kMomentColumns) + (first_output + c) / kMomentColumns] = {mean, squares};
+      }
+    }
+  }
+};
+
 // Grid: (outputs / BN) * splits, rows / BM; the `splits` blocks of a cluster have the same results and other columns.
 template <typename T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) {
@@ -219,106 +340,22 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
   await_copies<0>();
   __syncthreads();
 
-  constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int part = warp % Shape::WK, column = warp / Shape::WK % Shape::WN * kColumnTiles * 16;
-  const int row = warp / (Shape::WK * Shape::WN) * kRowTiles * 16;
-  float products[kRowTiles][kColumnTiles * 2][4] = {};
-#pragma unroll 4
-  for (int k = part * 16; k < chunk; k += Shape::WK * 16) {
-    uint32_t left[kRowTiles][4], right[4];
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) load_left(left[m], x + (row + m * 16) * stride + k, stride);
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-      load_right(right, weight + (column + n * 16) * stride + k, stride);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        multiply_add<T>(products[m][2 * n], left[m], right[0], right[1]);
-        multiply_add<T>(products[m][2 * n + 1], left[m], right[2], right[3]);
-      }
-    }
-  }
+  Products<T, Shape> products;
+  products.add(x, weight, stride, chunk);
   __syncthreads();
-
   float* const results = reinterpret_cast<float*>(shared);  // (WK, BM, kStride), where the operands were
-#pragma unroll
-  for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles * 2; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row + m * 16 + half * 8 + lane / 4, c = column + n * 8 + lane % 4 * 2;
-        float2* const to = reinterpret_cast<float2*>(results + (part * BM + r) * Shape::kStride + c);
-        *to = make_float2(products[m][n][2 * half], products[m][n][2 * half + 1]);
-      }
-    }
-  }
+  products.keep(results);
   __syncthreads();
 
   constexpr int kRowOctets = BN / kOctet, kOctets = BM * kRowOctets;
   const auto result = [&](int i) { return results + i / kRowOctets * Shape::kStride + i % kRowOctets * kOctet; };
-  const auto finish = [&](int i, float (&y)[kOctet], unsigned lanes) {  // by all of these lanes
-    const int r = i / kRowOctets, c = i % kRowOctets * kOctet;
-    const bool inside = r < rows && c < outputs;
-    const float2 row_statistics = a.moments && inside ? statistics[r] : make_float2(0.f, 1.f);
-    float more[kOctet], times[kOctet];
-    if (a.sums) {
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) y[e] = row_statistics.y * (y[e] - row_statistics.x * column_sums[c + e]);
-    }
-    if (a.bias) {
-      load<kOctet>(bias + c, more);
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) y[e] += more[e];
-    }
-    if (a.activation != Activation::kLinear) {
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) y[e] = activate(a.activation, y[e]);
-    }
-    if (a.residual) {
-      load<kOctet>(residual + r * BN + c, more);
-      if (a.gain) {
-        load<kOctet>(gain + c, times);
-#pragma unroll
-        for (int e = 0; e < kOctet; ++e) more[e] = (more[e] - row_statistics.x) * (row_statistics.y * times[e]);
-        load<kOctet>(shift + c, times);
-#pragma unroll
-        for (int e = 0; e < kOctet; ++e) more[e] += times[e];
-      }
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) y[e] += more[e];
-    }
-    Packed<T, kOctet> rounded;
-    rounded.narrow(y);
-    const long row = first_row + r;
-    if (inside) *reinterpret_cast<Packed<T, kOctet>*>(a.out + row * a.outer + first_output + c) = rounded;
-    if (a.left) {  // of two octets, which are neighbours' both
-      rounded.widen(y);
-      float mean = 0.f, squares = 0.f;
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) mean += y[e] / kMomentColumns;
-      mean += __shfl_xor_sync(lanes, mean, 1);
-#pragma unroll
-      for (int e = 0; e < kOctet; ++e) squares += (y[e] - mean) * (y[e] - mean);
-      squares += __shfl_xor_sync(lanes, squares, 1);
-      if (inside && i % 2 == 0) {
-        a.left[row * (a.outer / kMomentColumns) + (first_output + c) / kMomentColumns] = {mean, squares};
-      }
-    }
-  };
+  const Epilogue<T, Shape> epilogue{bias,       gain, shift,     residual, column_sums,
+                                    statistics, BN,   first_row, rows,     first_output, outputs};
   for (int i = threadIdx.x; i < kOctets; i += Shape::kThreads) {
-    float y[kOctet], add[Shape::WK][kOctet];
-#pragma unroll
-    for (int p = 0; p < Shape::WK; ++p) load_octet(result(i) + p * BM * Shape::kStride, add[p]);
-#pragma unroll
-    for (int e = 0; e < kOctet; ++e) {
-      y[e] = add[0][e];
-#pragma unroll
-      for (int p = 1; p < Shape::WK; ++p) y[e] += add[p][e];
-    }
+    float y[kOctet];
+    add_parts<Shape>(y, results, i);
     if (a.splits == 1) {
-      finish(i, y, 0xffffffffu);
+      epilogue.finish(a, i, y, 0xffffffffu);
     } else {
       store<kOctet>(result(i), y);
     }
@@ -337,7 +374,7 @@ __global__ void __launch_bounds__(Shape::kThreads) forward(const Operands<T> a) 
 #pragma unroll
       for (int e = 0; e < kOctet; ++e) y[e] += other < a.splits ? add[other][e] : 0.f;
     }
-    finish(i, y, share < kWarp ? (1u << share) - 1 : 0xffffffffu);
+    epilogue.finish(a, i, y, share < kWarp ? (1u << share) - 1 : 0xffffffffu);
   }
   cluster_sync();  // until all have read it, this block's shared memory must stay
 }

@@ -1,7 +1,7 @@
 // lightseq::decode_self_attention and decode_cross_attention on CUDA; schemas and references:
 // lightseq_fairseq/ops/decode_attention.py.
 #include "../kernels/decode_attention.cuh"
-#include "binding.h"
+#include "decode_past.h"
 
 namespace lightseq {
 namespace {
@@ -14,15 +14,12 @@ Tensor self_attention(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps, 
   LIGHTSEQ_EXPECT(before.has_value() == cu_seqlens.has_value());
   LIGHTSEQ_EXPECT(!before || (before->is_contiguous() && cu_seqlens->is_contiguous()));
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
-  const int64_t rows = qkv.size(0), heads = qkv.size(2), dim = qkv.size(3);
-  Tensor context = torch::stable::new_empty(qkv, {rows, heads * dim});
+  Tensor context = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2) * qkv.size(3)});
   dispatch("decode_self_attention", qkv, [&](auto type) {
     using T = decltype(type);
-    decode_attention::self_attention<T>(data<T>(context), data<T>(cache), data<T>(qkv), data<unsigned char>(ancestors),
-                                        data<int>(steps), before ? data<T>(*before) : nullptr,
-                                        before ? data<int>(*cu_seqlens) : nullptr,
-                                        before && cu_seqlens->dim() == 2 ? 2 : 1, ancestors.size(0), ancestors.size(1),
-                                        ancestors.size(2), heads, dim, current_stream(qkv));
+    decode_attention::self_attention<T>(
+        data<T>(context), past_of<T>(qkv, cache, ancestors, steps, before, cu_seqlens), ancestors.size(0),
+        current_stream(qkv));
   });
   return context;
 }

@@ -2,14 +2,15 @@
 
 A decoder without encoder continues texts: their keys and values, which all beams of a sentence share, lie where those
 of sources do. The weights are those of an :class:`IncrementalDecoder`. Few rows take six ``decode_linear`` and two
-attentions a layer: between sublayers travel the sum in front of the norm and its moments, and whoever reads it
-normalises. Many go through torch's GEMMs, and a sublayer ends in one operator that adds bias and residual and
-normalises.
+attentions a layer, few sentences three and the two of ``decode_block``: between sublayers travel the sum in
+front of the norm and its moments, and whoever reads it normalises. Many go through torch's GEMMs, and a sublayer ends
+in one operator that adds bias and residual and normalises.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from lightseq_fairseq import ops
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.inference import InferenceNorm
+from lightseq_fairseq.ops import decode_block
 from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
 from lightseq_fairseq.ops.beam_step import TILE
 from lightseq_fairseq.ops.decode_attention import (
@@ -147,14 +149,9 @@ class DecodeStep:
         stream = _Stream(self._embed(buffers), self.layers[0].self_norm if pre else None)
         for index, layer in enumerate(self.layers):
             qkv = self._read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
-            before = (buffers.source[index], buffers.cu_seqlens) if layer.cross_q is None else (None, None)
-            context = decode_self_attention(qkv, buffers.cache[index], buffers.ancestors, buffers.steps, *before)
-            following = layer.final_norm if layer.cross_q is None else layer.cross_norm
-            stream = self._join(context, layer.out, stream, following if pre else layer.self_norm)
+            stream = self._attend_to_past(layer, stream, qkv, buffers, index)
             if layer.cross_q is not None:
-                q = self._read(stream, layer.cross_q)
-                context = decode_cross_attention(q, buffers.source[index], buffers.cu_seqlens, buffers.beam)
-                stream = self._join(context, layer.cross_out, stream, layer.final_norm if pre else layer.cross_norm)
+                stream = self._attend_to_source(layer, stream, buffers.source[index], buffers)
             hidden = self._read(stream, layer.fc1)
             last = index + 1 == len(self.layers)
             next_norm = self.last_norm if last else self.layers[index + 1].self_norm
@@ -168,13 +165,52 @@ class DecodeStep:
             return self._linear(x, self.output, self.output_bias, "linear")
         return linear_to_logits(x, self.output, self.output_bias)
 
+    def _attend_to_past(self, layer: Any, stream: _Stream, qkv: Tensor, buffers: DecodeBuffers, index: int) -> _Stream:
+        """The stream behind self-attention of qkv (R, 3, H, D), in one launch where that is served."""
+        pre, past = self.config.decoder_normalize_before, (buffers.cache[index], buffers.ancestors, buffers.steps)
+        following = layer.final_norm if layer.cross_q is None else layer.cross_norm
+        norm, old = following if pre else layer.self_norm, None if pre else stream.norm
+        if layer.cross_q is None or not decode_block.serves(stream.sum, layer.heads, layer.head_dim, buffers.beam,
+                                                            buffers.ancestors.size(2)):
+            before = (buffers.source[index], buffers.cu_seqlens) if layer.cross_q is None else (None, None)
+            return self._join(decode_self_attention(qkv, *past, *before), layer.out, stream, norm)
+        residual, normed = stream.sum, {}
+        if old is not None and stream.moments is not None:
+            normed = dict(moments=stream.moments, gain=old.weight, shift=old.bias, eps=old.eps)
+        elif old is not None:
+            residual = _normed(stream)
+        total, moments = decode_block.decode_self_block(qkv, *past, layer.out.weight, layer.out.bias, residual,
+                                                        collect=True, **normed)
+        return _Stream(total, norm, moments)
+
+    def _attend_to_source(self, layer: Any, stream: _Stream, source: Tensor, buffers: DecodeBuffers) -> _Stream:
+        """The stream behind cross-attention over keys and values (N, 2, H, D), in one launch where that is served."""
+        pre = self.config.decoder_normalize_before
+        norm, old = layer.final_norm if pre else layer.cross_norm, stream.norm
+        if old is None or stream.moments is None or not decode_block.serves(stream.sum, layer.heads, layer.head_dim,
+                                                                            buffers.beam):
+            q = self._read(stream, layer.cross_q)
+            context = decode_cross_attention(q, source, buffers.cu_seqlens, buffers.beam)
+            return self._join(context, layer.cross_out, stream, norm)
+        folded, out = self._fold(layer.cross_q, old), layer.cross_out
+        total, moments = decode_block.decode_cross_block(
+            stream.sum, stream.moments, folded.weight, folded.bias, folded.sums, source, buffers.cu_seqlens,
+            buffers.beam, out.weight, out.bias, gain=None if pre else old.weight, shift=None if pre else old.bias,
+            eps=old.eps, collect=True)
+        return _Stream(total, norm, moments)
+
+    def _fold(self, linear: InferenceLinear, norm: InferenceNorm) -> Folded:
+        """``linear`` behind ``norm``, which is always the same for one map."""
+        if id(linear) not in self._folded:
+            self._folded[id(linear)] = fold(linear.weight, linear.bias, norm.weight, norm.bias)
+        return self._folded[id(linear)]
+
     def _read(self, stream: _Stream, linear: InferenceLinear) -> Tensor:
         """The stream, normalised, through a linear map with its activation."""
-        if stream.norm is None or stream.moments is None or not serves(stream.sum, linear.weight):
+        norm = stream.norm
+        if norm is None or stream.moments is None or not serves(stream.sum, linear.weight):
             return self._linear(_normed(stream), linear.weight, linear.bias, linear.activation_name)
-        norm, folded = stream.norm, self._folded.get(id(linear))
-        if folded is None:
-            folded = self._folded[id(linear)] = fold(linear.weight, linear.bias, norm.weight, norm.bias)
+        folded = self._fold(linear, norm)
         return decode_linear(stream.sum, folded.weight, folded.bias, linear.activation_name, sums=folded.sums,
                              moments=stream.moments, eps=norm.eps)[0]
 

@@ -15,6 +15,7 @@ from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers.compiled import CompiledDecoder
+from lightseq_fairseq.ops import decode_block
 from tests import tolerances
 from tests.generator.test_generator import random_model
 
@@ -67,6 +68,23 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("beam", [1, 4])
 def test_models(name, beam, device):
     compare(Transformer(random_model(**MODELS[name]), device), sentences(7), beam=beam)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+@pytest.mark.parametrize("beam", [1, 5])
+def test_attention_in_one_launch(pre, beam, device, monkeypatch):
+    """Its sizes are met by a model of this width; on the GPU it is for 16 bits."""
+    taken = []
+    for name in ("decode_self_block", "decode_cross_block"):
+        joined = getattr(decode_block, name)
+        monkeypatch.setattr(decode_block, name, lambda *a, name=name, joined=joined, **k: (
+            taken.append(name), joined(*a, **k))[1])
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder")
+             for name, size in (("embed_dim", 128), ("attention_heads", 4))}
+    file = random_model(decoder_normalize_before=pre, **sizes)
+    smaller = {name: tensor * 0.3 for name, tensor in file.tensors.items()}  # sums over so many columns are large
+    compare(Transformer(dataclasses.replace(file, tensors=smaller), device), sentences(3), beam=beam)
+    assert set(taken) == ({"decode_self_block", "decode_cross_block"} if device.type == "cpu" else set())
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5, 10])
