@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import logging
 import random
@@ -108,7 +109,8 @@ class LightSeq:
         self.options = GenerationOptions(beam=args.beam, max_len_b=args.length, min_len=args.length)
 
     def __call__(self, batch: list[list[int]]) -> int:
-        found = self.generator.generate([torch.tensor(s) for s in batch], self.options)
+        sources = torch.tensor(list(itertools.chain.from_iterable(batch))).split([len(sentence) for sentence in batch])
+        found = self.generator.generate(sources, self.options)
         return sum(len(hypotheses[0].tokens) for hypotheses in found)
 
 

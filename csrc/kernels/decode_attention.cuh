@@ -293,6 +293,19 @@ void dispatch_lanes(int dim, F&& f) {
   f(std::integral_constant<int, 32>{});
 }
 
+// Warps that share a beam's past: no more than have keys to read, nor than keep the GPU busy, since each costs a merge.
+template <typename T>
+int self_warps(const Past<T>& past, int batch) {
+  constexpr int kBusy = 1024, kKeys = 16;  // warps on an H200; keys that a warp has under way with heads of 64
+  const int beams = batch * past.heads * past.beam;
+  int warps = 8;
+  while (warps > 1 && (warps * beams > kBusy || warps * past.beam * kWarp > 1024 ||
+                       (!past.before && warps * kKeys > past.most))) {
+    warps /= 2;
+  }
+  return warps;
+}
+
 template <typename T>
 void self_attention(T* context, const Past<T>& past, int batch, cudaStream_t stream) {
   const int beam = past.beam;
@@ -303,18 +316,19 @@ void self_attention(T* context, const Past<T>& past, int batch, cudaStream_t str
       launch_early("decode_attention::self_attention", self_attention<T, LANES, WARPS>, dim3(past.heads, batch),
                    beam * WARPS * kWarp, beam * WARPS * LANES * static_cast<int>(sizeof(Piece)), stream, context, past);
     };
-    const bool is_long = past.most > 64 || past.before;
-    if (is_long && beam <= 4) return launch(std::integral_constant<int, 8>{});
-    if (is_long && beam <= 8) return launch(std::integral_constant<int, 4>{});
-    if (beam <= 16) return launch(std::integral_constant<int, 2>{});
+    const int warps = self_warps(past, batch);
+    if (warps == 8) return launch(std::integral_constant<int, 8>{});
+    if (warps == 4) return launch(std::integral_constant<int, 4>{});
+    if (warps == 2) return launch(std::integral_constant<int, 2>{});
     launch(std::integral_constant<int, 1>{});
   });
 }
 
-// Small batches share a head among more warps.
+// Few heads and long sources are shared among more warps; there is room for `tokens` of all sources, which slots, whose
+// bounds lie apart, use a third of.
 template <typename T>
-void cross_attention(T* context, const T* q, const T* keys_values, const int* bounds, int apart, int batch, int beam,
-                     int heads, int dim, cudaStream_t stream) {
+void cross_attention(T* context, const T* q, const T* keys_values, const int* bounds, int apart, int tokens, int batch,
+                     int beam, int heads, int dim, cudaStream_t stream) {
   dispatch_lanes(dim, [&](auto lanes) {
     constexpr int LANES = decltype(lanes)::value;
     const auto launch = [&](auto warps, auto beams) {
@@ -329,7 +343,9 @@ void cross_attention(T* context, const T* q, const T* keys_values, const int* bo
       if (beam == 5) return launch(warps, std::integral_constant<int, 5>{});
       launch(warps, std::integral_constant<int, 4>{});
     };
-    if (batch * heads < 256) return launch_beams(std::integral_constant<int, 4>{});
+    const bool is_long = tokens >= (apart == 1 ? 64 : 192) * batch;
+    if (batch * heads <= (is_long && beam == 1 ? 512 : 384)) return launch_beams(std::integral_constant<int, 4>{});
+    if (is_long) return launch_beams(std::integral_constant<int, 2>{});
     launch_beams(std::integral_constant<int, 1>{});
   });
 }

@@ -33,8 +33,9 @@ Tensor cross_attention(Tensor q, Tensor keys_values, Tensor cu_seqlens, int64_t 
     using T = decltype(type);
     const bool apart = cu_seqlens.dim() == 2;
     decode_attention::cross_attention<T>(data<T>(context), data<T>(q), data<T>(keys_values), data<int>(cu_seqlens),
-                                         apart ? 2 : 1, apart ? cu_seqlens.size(0) : cu_seqlens.numel() - 1, beam,
-                                         keys_values.size(2), keys_values.size(3), current_stream(q));
+                                         apart ? 2 : 1, keys_values.size(0),
+                                         apart ? cu_seqlens.size(0) : cu_seqlens.numel() - 1, beam, keys_values.size(2),
+                                         keys_values.size(3), current_stream(q));
   });
   return context;
 }

@@ -40,6 +40,11 @@ def fits(config: TransformerConfig) -> bool:
             and not config.cross_self_attention and config.no_cross_attention != config.has_encoder)
 
 
+_MANY_TOKENS = 1024
+"""Source tokens from which a product for each layer, written where it belongs, takes less than one for all, which few
+fill the GPU with, and a copy."""
+
+
 @dataclass
 class DecodeBuffers:
     """Memory of one batch of B sentences with K beams, T steps at most, N source tokens at most; L layers."""
@@ -125,18 +130,24 @@ class DecodeStep:
         Without encoder ``source`` (M, E + 2 * L * C) is what was read of the texts: token embeddings without positions,
         keys and values.
         """
-        heads, dim = self.layers[0].heads, self.layers[0].head_dim
-        width = self.config.input_dim
-        joint = source[:, width:] if self.cross_kv is None else self.cross_kv(source)
-        joint = joint.reshape(-1, len(self.layers), 2, heads, dim)
-        buffers.source[:, :source.size(0)].copy_(joint.transpose(0, 1))
+        heads, dim, tokens = self.layers[0].heads, self.layers[0].head_dim, source.size(0)
         if self.cross_kv is None:
+            width = self.config.input_dim
+            joint = source[:, width:].reshape(-1, len(self.layers), 2, heads, dim)
+            buffers.source[:, :tokens].copy_(joint.transpose(0, 1))
             begin, end = buffers.bounds
             newest = source[:, :width].index_select(0, (end.long() - 1).clamp(min=0)).unsqueeze(1)  # (B, 1, E)
             buffers.x.view(-1, buffers.beam, width).copy_(newest.expand(-1, buffers.beam, -1))
             rows = self.first_position + (end - begin - 1).clamp(min=0)
             buffers.first_rows.view(-1, buffers.beam).copy_(rows.unsqueeze(1).expand(-1, buffers.beam))
             return
+        if source.is_cuda and tokens >= _MANY_TOKENS and self.cross_kv.bias is not None:
+            parts = (part.chunk(len(self.layers)) for part in (self.cross_kv.weight, self.cross_kv.bias))
+            for layer, weight, bias in zip(buffers.source, *parts, strict=True):
+                torch.addmm(bias, source, weight.t(), out=layer[:tokens].view(tokens, -1))
+        else:
+            joint = self.cross_kv(source).view(-1, len(self.layers), 2, heads, dim)
+            buffers.source[:, :tokens].copy_(joint.transpose(0, 1))
         first = self.embeddings[self.config.start].float() * self.embed_scale
         if self.input_positions is not None:
             first = first + self.input_positions[self.first_position].float()

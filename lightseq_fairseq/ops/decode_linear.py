@@ -30,8 +30,10 @@ from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
 
 MOMENT_COLUMNS = 16
 """Columns that share their moments."""
-MAX_ROWS = 128
-"""Rows up to which the kernel is faster than torch's GEMM and an operator beside it (H200, 512 columns)."""
+MAX_ROWS = 64
+"""Rows up to which the kernel is faster than torch's GEMM and an operator beside it (H200, 512 columns),"""
+MAX_ELEMENTS = 32768
+"""and elements of its narrower side: 42 rows of 768, 32 of 1024."""
 MAX_OUTER = 8192
 """Outputs up to which it is."""
 MAX_NORMED = 2048
@@ -139,7 +141,8 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`decode_linear` is the way to go for these, and not torch's GEMM."""
     outer, inner = weight.shape
-    return (x.size(0) <= MAX_ROWS and outer <= MAX_OUTER and inner % MOMENT_COLUMNS == 0 and outer % MOMENT_COLUMNS == 0
+    return (x.size(0) <= MAX_ROWS and x.size(0) * min(outer, inner) <= MAX_ELEMENTS and outer <= MAX_OUTER
+            and inner % MOMENT_COLUMNS == 0 and outer % MOMENT_COLUMNS == 0
             and (not x.is_cuda or (_extension.loaded() and _compiled(x, weight))))
 
 
