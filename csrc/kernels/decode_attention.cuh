@@ -5,9 +5,12 @@
 // shared memory. Each key and value is read once, by self-attention for one beam, by cross-attention for all of them.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/launch_chain.cuh"
 #include "../common/octet.cuh"
 #include "../common/reduce.cuh"
+#include "../common/tensor_core.cuh"
 
 namespace lightseq {
 namespace decode_attention {
@@ -281,6 +284,149 @@ __global__ void __launch_bounds__(WARPS* kWarp)
   }
 }
 
+// Two to eight beams of a (head, sentence) are rows of a tile of the tensor cores, which half of it or more goes without:
+// grid (H, B). Each of WARPS warps takes every WARPS-th kTileKeys keys, and has the next ones under way, the first before
+// the queries are there. Probabilities are rounded to T. Arguments as above, heads have D elements.
+constexpr int kTileBeams = 8, kTileKeys = 32;
+
+template <int D, int WARPS>
+constexpr int tiles_bytes() {
+  return WARPS * 2 * 2 * kTileKeys * (D + kOctet) * 2;
+}
+
+template <typename T, int D, int WARPS>
+__global__ void __launch_bounds__(WARPS* kWarp)
+    cross_attention_tiles(T* context, const T* q_rows, const T* keys_values, const int* bounds, int apart, int beam) {
+  constexpr int kStride = D + kOctet, kStage = 2 * kTileKeys * kStride, kRowOctets = D / kOctet;
+  extern __shared__ __align__(16) unsigned char shared[];  // of each warp two stages of keys and values
+  const int head = blockIdx.x, heads = gridDim.x, sentence = blockIdx.y;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = lane / 4, pair = lane % 4 * 2;
+  T* const tiles = reinterpret_cast<T*>(shared) + warp * 2 * kStage;
+
+  launch_next();
+  bounds += sentence * apart;  // the source is there all along
+  const int begin = bounds[0], length = bounds[1] - begin, chunks = (length + kTileKeys - 1) / kTileKeys;
+  const long width = static_cast<long>(heads) * D;
+  const T* const source = keys_values + begin * 2 * width + head * D;
+  const auto fetch = [&](int chunk) {
+    T* const stage = tiles + chunk / WARPS % 2 * kStage;
+#pragma unroll 8
+    for (int i = lane; i < 2 * kTileKeys * kRowOctets; i += kWarp) {
+      const int at = i / kRowOctets, column = i % kRowOctets * kOctet;  // keys and then values
+      const int key = chunk * kTileKeys + at % kTileKeys;
+      const bool inside = key < length;
+      copy_async(stage + at * kStride + column, source + ((inside ? key : 0) * 2 + at / kTileKeys) * width + column,
+                 inside);
+    }
+    commit_copies();
+  };
+  if (warp < chunks) fetch(warp);
+
+  wait_for_previous();
+  const long own = (static_cast<long>(sentence) * beam + row) * width + head * D + pair;
+  const auto query = [&](int column) {
+    return row < beam ? *reinterpret_cast<const uint32_t*>(q_rows + own + column) : 0u;
+  };
+  uint32_t q[D / 16][4] = {};  // rows from kTileBeams on are 0
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    q[k][0] = query(k * 16);
+    q[k][2] = query(k * 16 + 8);
+  }
+  float max = -INFINITY, sum = 0.f, value[D / 8][4] = {};
+  for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+    if (chunk + WARPS < chunks) {
+      fetch(chunk + WARPS);
+      await_copies<1>();
+    } else {
+      await_copies<0>();
+    }
+    __syncwarp();
+    const T* const keys = tiles + chunk / WARPS % 2 * kStage;
+    const T* const values = keys + kTileKeys * kStride;
+    float score[kTileKeys / 8][4] = {};
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 16; ++n) {
+        uint32_t b[4];
+        load_right(b, keys + n * 16 * kStride + k * 16, kStride);
+        multiply_add<T>(score[2 * n], q[k], b[0], b[1]);
+        multiply_add<T>(score[2 * n + 1], q[k], b[2], b[3]);
+      }
+    }
+    float top = max;
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (chunk * kTileKeys + n * 8 + pair + e >= length) score[n][e] = -INFINITY;
+        top = fmaxf(top, score[n][e]);
+      }
+    }
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float origin = top == -INFINITY ? 0.f : top, old = __expf(max - origin);
+    max = top;
+    sum *= old;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) value[n][0] *= old, value[n][1] *= old;
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sum += score[n][e] = __expf(score[n][e] - origin);
+    }
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+      const uint32_t weights[4] = {pack<T>(score[2 * k][0], score[2 * k][1]), 0u,
+                                   pack<T>(score[2 * k + 1][0], score[2 * k + 1][1]), 0u};
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        uint32_t b[4];
+        load_right_transposed(b, values + k * 16 * kStride + n * 16, kStride);
+        multiply_add<T>(value[2 * n], weights, b[0], b[1]);
+        multiply_add<T>(value[2 * n + 1], weights, b[2], b[3]);
+      }
+    }
+    __syncwarp();  // before what this warp has read is written over
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+
+  if constexpr (WARPS > 1) {
+    constexpr int kPart = D + 2;  // values of a row, its max and sum
+    float* const parts = reinterpret_cast<float*>(shared);  // (WARPS, kTileBeams, kPart)
+    static_assert(WARPS * kTileBeams * kPart * 4 <= tiles_bytes<D, WARPS>());
+    __syncthreads();  // all have read their keys and values
+    float* const mine = parts + (warp * kTileBeams + row) * kPart;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) mine[n * 8 + pair] = value[n][0], mine[n * 8 + pair + 1] = value[n][1];
+    if (pair == 0) mine[D] = max, mine[D + 1] = sum;
+    __syncthreads();
+    if (warp > 0) return;
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) {
+      const float* const other = parts + (w * kTileBeams + row) * kPart;
+      const float top = fmaxf(max, other[D]);
+      const float ours = max == -INFINITY ? 0.f : __expf(max - top);
+      const float theirs = other[D] == -INFINITY ? 0.f : __expf(other[D] - top);
+      max = top;
+      sum = sum * ours + other[D + 1] * theirs;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        value[n][0] = value[n][0] * ours + other[n * 8 + pair] * theirs;
+        value[n][1] = value[n][1] * ours + other[n * 8 + pair + 1] * theirs;
+      }
+    }
+  }
+  if (row >= beam) return;
+  const float scale = sum > 0.f ? 1.f / sum : 0.f;
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+    *reinterpret_cast<uint32_t*>(context + own + n * 8) = pack<T>(value[n][0] * scale, value[n][1] * scale);
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 
@@ -293,14 +439,16 @@ void dispatch_lanes(int dim, F&& f) {
   f(std::integral_constant<int, 32>{});
 }
 
-// Warps that share a beam's past: no more than have keys to read, nor than keep the GPU busy, since each costs a merge.
+// Warps that share a beam's past: no more than have keys to read, nor than keep the GPU busy, since each costs a merge
+// (measured on an H200).
 template <typename T>
 int self_warps(const Past<T>& past, int batch) {
-  constexpr int kBusy = 1024, kKeys = 16;  // warps on an H200; keys that a warp has under way with heads of 64
-  const int beams = batch * past.heads * past.beam;
+  constexpr int kKeys = 16;  // that a warp has under way with heads of 64
+  const bool is_long = past.most > 64 || past.before;
+  const int beams = batch * past.heads * past.beam, busy = is_long ? 2048 : 1024;
   int warps = 8;
-  while (warps > 1 && (warps * beams > kBusy || warps * past.beam * kWarp > 1024 ||
-                       (!past.before && warps * kKeys > past.most))) {
+  while (warps > 1 && (warps * beams > busy || warps * past.beam * kWarp > 1024 ||
+                       (!is_long && warps * kKeys > past.most))) {
     warps /= 2;
   }
   return warps;
@@ -329,6 +477,25 @@ void self_attention(T* context, const Past<T>& past, int batch, cudaStream_t str
 template <typename T>
 void cross_attention(T* context, const T* q, const T* keys_values, const int* bounds, int apart, int tokens, int batch,
                      int beam, int heads, int dim, cudaStream_t stream) {
+  const bool is_long = tokens >= (apart == 1 ? 64 : 192) * batch;
+  const int all = batch * heads;
+  if constexpr (!std::is_same_v<T, float>) {
+    if (beam > 1 && beam <= kTileBeams && (dim == 32 || dim == 64 || dim == 128)) {
+      const auto launch = [&](auto size, auto warps) {
+        constexpr int D = decltype(size)::value, WARPS = decltype(warps)::value;
+        launch_early("decode_attention::cross_attention_tiles", cross_attention_tiles<T, D, WARPS>, dim3(heads, batch),
+                     WARPS * kWarp, tiles_bytes<D, WARPS>(), stream, context, q, keys_values, bounds, apart, beam);
+      };
+      const auto launch_warps = [&](auto size) {
+        if (is_long && all <= 512) return launch(size, std::integral_constant<int, 4>{});
+        if (is_long) return launch(size, std::integral_constant<int, 2>{});
+        launch(size, std::integral_constant<int, 1>{});
+      };
+      if (dim == 32) return launch_warps(std::integral_constant<int, 32>{});
+      if (dim == 64) return launch_warps(std::integral_constant<int, 64>{});
+      return launch_warps(std::integral_constant<int, 128>{});
+    }
+  }
   dispatch_lanes(dim, [&](auto lanes) {
     constexpr int LANES = decltype(lanes)::value;
     const auto launch = [&](auto warps, auto beams) {
@@ -343,8 +510,7 @@ void cross_attention(T* context, const T* q, const T* keys_values, const int* bo
       if (beam == 5) return launch(warps, std::integral_constant<int, 5>{});
       launch(warps, std::integral_constant<int, 4>{});
     };
-    const bool is_long = tokens >= (apart == 1 ? 64 : 192) * batch;
-    if (batch * heads <= (is_long && beam == 1 ? 512 : 384)) return launch_beams(std::integral_constant<int, 4>{});
+    if (all <= (is_long && beam == 1 ? 512 : 384)) return launch_beams(std::integral_constant<int, 4>{});
     if (is_long) return launch_beams(std::integral_constant<int, 2>{});
     launch_beams(std::integral_constant<int, 1>{});
   });

@@ -45,8 +45,9 @@ _MOST_CACHE_BYTES = 16 << 30
 step by step, where the cache grows with the sentences."""
 
 
-_LEAST_SLOTS, _MOST_SLOTS = 8, 255
-"""Sentences decoded together by :class:`Refill`: one more makes up the batch."""
+_LEAST_SLOTS, _MOST_SLOTS = 8, 767
+"""Sentences decoded together by :class:`Refill`: one more makes up the batch. More gain little (base on an H200: 511 do
+90 % and 1023 102 % of what 767 do a second)."""
 
 
 class _Shape(NamedTuple):

@@ -75,7 +75,7 @@ class Given:
 def test_as_the_three_operators(dtype, beam, heads, dim, post, device):
     if device.type == "cuda" and dtype == torch.float32:
         return  # the compiled operator is for 16 bits
-    for lengths, apart in (([30], False), ([1, 0, 77, 150], True), ([12, 5, 33, 9, 64, 2, 7, 31, 40], False)):
+    for lengths, apart in (([30], False), ([1, 0, 77, 150], True), ([12, 64, 31, 9], False)):
         given = Given(lengths, beam, heads, dim, dtype, device, apart)
         (out, moments), (other, _) = given.compute(post), given.compute(post, joined=False)
         exact = given.formula(post)
@@ -169,7 +169,7 @@ class Past:
 def test_self_attention(dtype, beam, heads, dim, post, device):
     if device.type == "cuda" and dtype == torch.float32:
         return
-    for steps, before in (([0], ()), ([1, 39, 7], ()), ([3, 12, 0, 30, 5], ()), ([2, 9], (14, 1))):
+    for steps, before in (([0], ()), ([1, 39, 7], ()), ([3, 12, 0, 30], ()), ([2, 9], (14, 1))):
         past = Past(steps, beam, heads, dim, dtype, device, before=before)
         (out, moments, cache), (other, _, other_cache) = past.compute(post), past.compute(post, joined=False)
         assert torch.equal(cache, other_cache)
