@@ -15,7 +15,7 @@ __device__ __forceinline__ void launch_next() {
 #endif
 }
 
-// As launch_early, each `cluster_blocks` blocks in a row of the grid being a cluster.
+// As launch_early, each `cluster_blocks` blocks in a row of the grid a cluster: 1 where launches_early() is false.
 template <typename... Parameters, typename... Arguments>
 void launch_early_in_clusters(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
                               int cluster_blocks, cudaStream_t stream, Arguments&&... arguments) {
@@ -32,7 +32,7 @@ void launch_early_in_clusters(const char* name, void (*kernel)(Parameters...), d
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster_blocks > 1 ? 2 : 1;
+  config.numAttrs = launches_early() ? (cluster_blocks > 1 ? 2 : 1) : 0;
   check_launch(name, cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

@@ -113,7 +113,7 @@ struct Head {
   // The context of beam b, eight elements from `column` on, to all blocks of the cluster.
   __device__ __forceinline__ void tell(const Softmax& softmax, int b, int column) const {
     for (int other = 0; other < heads; ++other) {
-      decode_attention::finish(decode_linear::of_rank(context, other) + b * stride + head * D + column, softmax);
+      decode_attention::finish(of_rank(context, other) + b * stride + head * D + column, softmax);
     }
   }
 
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) self_block(const Past<T> past, const
 
   launch_next();
   head.fetch(a);
-  decode_linear::cluster_sync();  // all blocks of the cluster are there, and so is their shared memory
+  cluster_sync();  // all blocks of the cluster are there, and so is their shared memory
   wait_for_previous();
   decode_linear::copy_rows<kRows, kWarps>(residual, D, a.residual + static_cast<long>(head.first_row) * head.width +
                                           head.head * D, head.width, D, head.beams);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) self_block(const Past<T> past, const
     head.tell(softmax, k, threadIdx.x % LANES * kOctet);
   }
   await_copies<0>();
-  decode_linear::cluster_sync();  // the context of all heads is there
+  cluster_sync();  // the context of all heads is there
   head.finish(a, residual, D);
 }
 
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   fetch(0);
-  decode_linear::cluster_sync();  // all blocks of the cluster are there, and so is their shared memory
+  cluster_sync();  // all blocks of the cluster are there, and so is their shared memory
   wait_for_previous();
   decode_linear::copy_rows<kRows, kWarps>(x, head.stride, a.residual + head.first_row * width, width, head.width, beams);
   commit_copies();
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int w = 0; w < kWarps; ++w) pieces[(w * BEAMS + b) * LANES + at].merge_into(all);
     head.tell(all, b, at * kOctet);
   }
-  decode_linear::cluster_sync();  // the context of all heads is there
+  cluster_sync();  // the context of all heads is there
   head.finish(a, x + head.head * D, head.stride);
 }
 

@@ -9,8 +9,7 @@
 // of 3.8 us.)
 #pragma once
 
-#include <cooperative_groups.h>
-
+#include "../common/cluster.cuh"
 #include "../common/launch_chain.cuh"
 #include "../common/octet.cuh"
 #include "../common/reduce.cuh"
@@ -88,21 +87,6 @@ struct Tile {
 
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
-#endif
-}
-
-template <typename P>
-__device__ __forceinline__ P* of_rank(P* pointer, int rank) {
-#if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(pointer, rank);
-#else
-  return pointer;
-#endif
-}
 
 __device__ __forceinline__ void load_octet(const float* from, float (&to)[kOctet]) {
 #pragma unroll

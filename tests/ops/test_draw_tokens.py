@@ -100,6 +100,71 @@ def test_ends_of_the_uniforms(device):
         assert run(given, 700)[0].tolist() == [[3, last - 1 if last == 53 else last]]
 
 
+@pytest.mark.parametrize("vocab", [1000, 5003, 50257])
+@pytest.mark.parametrize("case", ["one tile", "ties", "one huge", "specials", "flat"])
+def test_order_of_what_is_kept(case, vocab, device):
+    """Whatever the logits look like, the k most probable are drawn as they lie in their order, the first one by 0."""
+    given = sampled(1, 4, vocab, 3, device, seed=vocab)
+    draws = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-8, 8, (vocab,), generator=draws) / 4.0
+    types = torch.arange(vocab)
+    if case == "one tile":  # all candidates of top-k
+        logits[vocab // 2 // 64 * 64:][:64] = 9 + torch.randperm(64, generator=draws) / 16
+    elif case == "ties":  # across the k-th place, over many tiles
+        logits[types % 97 == 5], logits[types % 301 == 7] = 6.0, 7.0
+    elif case == "one huge":
+        logits[vocab - 1] = 30.0
+    elif case == "specials":  # eos and unk come first, which statistics do not know of
+        logits[[0, PAD, EOS, UNK]] = torch.tensor([9.0, 12.0, 11.0, 10.0])
+    elif case == "flat":  # equals, nearly all of which may be drawn
+        logits = logits / 1024
+    given["logits"][:, :vocab] = logits.to(device)
+    given["uniforms"][0, 3] = torch.tensor([0.0, 0.4, 0.97, 1 - 2**-24])
+    tiles = given["logits"].size(1) // ops.TILE
+    for options in (dict(sampling_topk=1), dict(sampling_topk=7), dict(sampling_topk=50), dict(sampling_topk=tiles + 5),
+                    dict(sampling_topk=700), dict(sampling_topk=40, unkpen=2.0), dict(sampling_topk=9, unkpen=-2.0)):
+        given["settings"] = settings(1, 4, **options).to(device)
+        lprobs = logits.log_softmax(0)
+        lprobs[UNK] -= options.get("unkpen", 0.0)
+        lprobs[PAD] = -torch.inf
+        kept = lprobs.sort(descending=True, stable=True)[1][:options["sampling_topk"]]
+        running = lprobs[kept].double().exp().cumsum(0)
+        places = given["uniforms"][0, 3].cpu().double() * running[-1]
+        nearly = [[kept[torch.searchsorted(running, (place + way * running[-1]).clamp(0, running[-1] * (1 - 1e-9)),
+                                           right=True)].item() for way in (-1e-6, 1e-6)] for place in places]
+        order = kept.tolist()
+        tokens = run(given, vocab)[0][0].tolist()
+        assert tokens[0] == order[0], options
+        for token, (first, last) in zip(tokens, nearly, strict=True):
+            assert order.index(first) <= order.index(token) <= order.index(last), options
+
+
+@pytest.mark.parametrize("vocab", [5003, 50257, 250112])
+def test_flat_distributions_need_nearly_all_types(vocab, device):
+    """Top-p of types that are all equal keeps the first of them, drawn in their order."""
+    given = sampled(1, 8, vocab, 3, device, min_len=9)
+    given["logits"][:, :vocab] = 0.5
+    given["uniforms"][0, 3] = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999, 1 - 2**-24])
+    allowed = torch.arange(vocab)
+    allowed = allowed[(allowed != PAD) & (allowed != EOS)]
+    for top_p in (0.2, 0.9):
+        given["settings"] = settings(1, 8, min_len=9, sampling_topp=top_p).to(device)
+        places = given["uniforms"][0, 3].cpu().double() * top_p * vocab
+        tokens = run(given, vocab)[0][0].cpu()
+        assert ((tokens - allowed[places.long()]).abs() <= 2 + vocab * 1e-5).all()  # log(vocab) is rounded
+
+
+def test_runs_repeat(device):
+    """Nothing depends on the order of threads."""
+    for options in (dict(), dict(sampling_topk=50), dict(sampling_topk=3000), dict(sampling_topp=0.9)):
+        given = sampled(2, 4, 50257, 3, device, **options)
+        given["logits"] = (given["logits"] * 4).round() / 4
+        tokens, scores = run(given, 50257)
+        for _ in range(2 if device.type == "cpu" else 20):
+            again, same = run(given, 50257)
+            assert torch.equal(tokens, again) and torch.equal(scores, same)
+
+
 def test_what_must_be_said(device):
     given = sampled(3, 2, 90, 3, device, min_len=9, sampling_topk=2)
     given["forced"][:, 3] = torch.tensor([EOS, 80, PAD], dtype=torch.int32)
