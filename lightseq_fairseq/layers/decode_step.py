@@ -2,9 +2,7 @@
 
 A decoder without encoder continues texts: their keys and values, which all beams of a sentence share, lie where those
 of sources do. The weights are those of an :class:`IncrementalDecoder`. Few rows take six ``decode_linear`` and two
-attentions a layer, few sentences three and the two of ``decode_block``: between sublayers travel the sum in
-front of the norm and its moments, and whoever reads it normalises. Many go through torch's GEMMs, and a sublayer ends
-in one operator that adds bias and residual and normalises.
+attentions a layer, few sentences three and the two of ``decode_block``; see layers/sublayers.py.
 """
 
 from __future__ import annotations
@@ -16,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightseq_fairseq import ops
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
-from lightseq_fairseq.layers.inference import InferenceNorm
+from lightseq_fairseq.layers.sublayers import InferenceNorm, Stream, Sublayers
 from lightseq_fairseq.ops import decode_block
-from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
 from lightseq_fairseq.ops.beam_step import TILE
 from lightseq_fairseq.ops.decode_attention import (
     HEAD_DIM_STEP,
@@ -29,7 +25,7 @@ from lightseq_fairseq.ops.decode_attention import (
     decode_cross_attention,
     decode_self_attention,
 )
-from lightseq_fairseq.ops.decode_linear import MAX_NORMED, Folded, decode_linear, fold, serves
+from lightseq_fairseq.ops.decode_linear import serves
 from lightseq_fairseq.ops.linear import InferenceLinear, linear_to_logits
 
 
@@ -77,18 +73,6 @@ class DecodeBuffers:
         return self.cu_seqlens[:-1], self.cu_seqlens[1:]
 
 
-@dataclass
-class _Stream:
-    """What travels between sublayers: a sum and the norm that is still to be applied to it, None if there is none."""
-
-    sum: Tensor
-    norm: InferenceNorm | None
-    moments: Tensor | None = None
-    """Of the sum, see ops/decode_linear.py, if whoever made it has left them."""
-    normed: Tensor | None = None
-    """norm(sum), once somebody has made it."""
-
-
 class DecodeStep:
     """``decoder`` with fixed shapes; later changes of its weights are not seen."""
 
@@ -104,7 +88,7 @@ class DecodeStep:
         positions = self.decoder.embed_positions
         self.positions = None if positions is None else positions.upto(self.config.max_target_positions, self.output)
         self.first_position = self.config.first_position
-        self._folded: dict[int, Folded] = {}
+        self.sublayers = Sublayers(self.config.decoder_normalize_before)
         self.embeddings, self.embed_scale = self.decoder.embed_tokens.weight, self.decoder.embed_scale
 
     @property
@@ -157,26 +141,26 @@ class DecodeStep:
         """Logits (B * K, V') of what follows; columns past the vocabulary mean nothing."""
         pre = self.config.decoder_normalize_before
         rows = buffers.x.size(0)
-        stream = _Stream(self._embed(buffers), self.layers[0].self_norm if pre else None)
+        stream = Stream(self._embed(buffers), self.layers[0].self_norm if pre else None)
         for index, layer in enumerate(self.layers):
-            qkv = self._read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
+            qkv = self.sublayers.read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
             stream = self._attend_to_past(layer, stream, qkv, buffers, index)
             if layer.cross_q is not None:
                 stream = self._attend_to_source(layer, stream, buffers.source[index], buffers)
-            hidden = self._read(stream, layer.fc1)
+            hidden = self.sublayers.read(stream, layer.fc1)
             last = index + 1 == len(self.layers)
             next_norm = self.last_norm if last else self.layers[index + 1].self_norm
-            stream = self._join(hidden, layer.fc2, stream, next_norm if pre else layer.final_norm)
+            stream = self.sublayers.join(hidden, layer.fc2, stream, next_norm if pre else layer.final_norm)
         if not pre and self.last_norm is not None:  # a second norm, as fairseq has it
-            stream = _Stream(_normed(stream), self.last_norm)
+            stream = Stream(stream.normed, self.last_norm)
         if self.project_out is not None:
-            stream = _Stream(self._read(stream, self.project_out), None)
-        x = _normed(stream)
+            stream = Stream(self.sublayers.read(stream, self.project_out), None)
+        x = stream.normed
         if x.dtype != torch.bfloat16 and serves(x, self.output):
-            return self._linear(x, self.output, self.output_bias, "linear")
+            return self.sublayers.linear(x, self.output, self.output_bias, "linear")
         return linear_to_logits(x, self.output, self.output_bias)
 
-    def _attend_to_past(self, layer: Any, stream: _Stream, qkv: Tensor, buffers: DecodeBuffers, index: int) -> _Stream:
+    def _attend_to_past(self, layer: Any, stream: Stream, qkv: Tensor, buffers: DecodeBuffers, index: int) -> Stream:
         """The stream behind self-attention of qkv (R, 3, H, D), in one launch where that is served."""
         pre, past = self.config.decoder_normalize_before, (buffers.cache[index], buffers.ancestors, buffers.steps)
         following = layer.final_norm if layer.cross_q is None else layer.cross_norm
@@ -184,74 +168,31 @@ class DecodeStep:
         if layer.cross_q is None or not decode_block.serves(stream.sum, layer.heads, layer.head_dim, buffers.beam,
                                                             buffers.ancestors.size(2)):
             before = (buffers.source[index], buffers.cu_seqlens) if layer.cross_q is None else (None, None)
-            return self._join(decode_self_attention(qkv, *past, *before), layer.out, stream, norm)
-        residual, normed = stream.sum, {}
+            return self.sublayers.join(decode_self_attention(qkv, *past, *before), layer.out, stream, norm)
+        residual, normed = stream.sum, dict[str, Any]()
         if old is not None and stream.moments is not None:
             normed = dict(moments=stream.moments, gain=old.weight, shift=old.bias, eps=old.eps)
         elif old is not None:
-            residual = _normed(stream)
+            residual = stream.normed
         total, moments = decode_block.decode_self_block(qkv, *past, layer.out.weight, layer.out.bias, residual,
                                                         collect=True, **normed)
-        return _Stream(total, norm, moments)
+        return Stream(total, norm, moments)
 
-    def _attend_to_source(self, layer: Any, stream: _Stream, source: Tensor, buffers: DecodeBuffers) -> _Stream:
+    def _attend_to_source(self, layer: Any, stream: Stream, source: Tensor, buffers: DecodeBuffers) -> Stream:
         """The stream behind cross-attention over keys and values (N, 2, H, D), in one launch where that is served."""
         pre = self.config.decoder_normalize_before
         norm, old = layer.final_norm if pre else layer.cross_norm, stream.norm
         if old is None or stream.moments is None or not decode_block.serves(stream.sum, layer.heads, layer.head_dim,
                                                                             buffers.beam):
-            q = self._read(stream, layer.cross_q)
+            q = self.sublayers.read(stream, layer.cross_q)
             context = decode_cross_attention(q, source, buffers.cu_seqlens, buffers.beam)
-            return self._join(context, layer.cross_out, stream, norm)
-        folded, out = self._fold(layer.cross_q, old), layer.cross_out
+            return self.sublayers.join(context, layer.cross_out, stream, norm)
+        folded, out = self.sublayers.fold(layer.cross_q, old), layer.cross_out
         total, moments = decode_block.decode_cross_block(
             stream.sum, stream.moments, folded.weight, folded.bias, folded.sums, source, buffers.cu_seqlens,
             buffers.beam, out.weight, out.bias, gain=None if pre else old.weight, shift=None if pre else old.bias,
             eps=old.eps, collect=True)
-        return _Stream(total, norm, moments)
-
-    def _fold(self, linear: InferenceLinear, norm: InferenceNorm) -> Folded:
-        """``linear`` behind ``norm``, which is always the same for one map."""
-        if id(linear) not in self._folded:
-            self._folded[id(linear)] = fold(linear.weight, linear.bias, norm.weight, norm.bias)
-        return self._folded[id(linear)]
-
-    def _read(self, stream: _Stream, linear: InferenceLinear) -> Tensor:
-        """The stream, normalised, through a linear map with its activation."""
-        norm = stream.norm
-        if norm is None or stream.moments is None or not serves(stream.sum, linear.weight):
-            return self._linear(_normed(stream), linear.weight, linear.bias, linear.activation_name)
-        folded = self._fold(linear, norm)
-        return decode_linear(stream.sum, folded.weight, folded.bias, linear.activation_name, sums=folded.sums,
-                             moments=stream.moments, eps=norm.eps)[0]
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        if serves(x, weight):
-            return decode_linear(x, weight, bias, activation)[0]
-        if activation == "relu" and bias is not None:  # which the GEMM does on its way out
-            return torch._addmm_activation(bias, x, weight.t())
-        return ACTIVATION_FUNCTIONS[activation](F.linear(x, weight, bias))
-
-    def _join(self, x: Tensor, linear: InferenceLinear, stream: _Stream, norm: InferenceNorm | None) -> _Stream:
-        """The sum of ``linear`` of ``x`` and the residual, to be normalised by ``norm``."""
-        pre = self.config.decoder_normalize_before
-        bias = linear.bias
-        assert bias is not None
-        if serves(x, linear.weight):
-            collect = norm is not None and stream.sum.size(1) <= MAX_NORMED
-            if pre or stream.moments is None or stream.norm is None:
-                residual = stream.sum if pre else _normed(stream)
-                out, moments = decode_linear(x, linear.weight, bias, residual=residual, collect=collect)
-            else:
-                old = stream.norm
-                out, moments = decode_linear(x, linear.weight, bias, moments=stream.moments, residual=stream.sum,
-                                             gain=old.weight, shift=old.bias, eps=old.eps, collect=collect)
-            return _Stream(out, norm, moments if collect else None)
-        y, residual = F.linear(x, linear.weight), stream.sum if pre else _normed(stream)
-        if norm is None:
-            return _Stream(ops.bias_dropout_residual(y, bias, residual), None)
-        total, normed = ops.bias_dropout_residual_layer_norm(y, bias, residual, norm.weight, norm.bias, norm.eps)
-        return _Stream(total, norm, None, normed)
+        return Stream(total, norm, moments)
 
     def _embed(self, buffers: DecodeBuffers) -> Tensor:
         """(B * K, C)."""
@@ -265,16 +206,6 @@ class DecodeStep:
             x = x + F.embedding(rows, self.positions)
         norm = self.decoder.layernorm_embedding
         return x if norm is None else norm(x)
-
-
-def _normed(stream: _Stream) -> Tensor:
-    """norm(sum), made here if nobody has yet."""
-    if stream.norm is None:
-        return stream.sum
-    if stream.normed is None:
-        norm = stream.norm
-        stream.normed = ops.layer_norm(stream.sum, norm.weight, norm.bias, norm.eps)
-    return stream.normed
 
 
 def _padded(output: InferenceLinear, columns: int) -> tuple[Tensor, Tensor | None]:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightseq_fairseq.layers.decoder import TransformerDecoder, TransformerDecoderLayer
-from lightseq_fairseq.layers.inference import InferenceLayer, InferenceNorm, read_layers, scaled_query
+from lightseq_fairseq.layers.inference import InferenceLayer, read_layers, scaled_query
 from lightseq_fairseq.layers.packing import Packing
+from lightseq_fairseq.layers.sublayers import InferenceNorm
 from lightseq_fairseq.ops import InferenceLinear, linear_to_logits
 
 _FIRST_CAPACITY = 32

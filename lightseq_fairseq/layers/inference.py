@@ -18,19 +18,9 @@ from lightseq_fairseq.layers.attention import MultiheadAttention
 from lightseq_fairseq.layers.decoder import TransformerDecoderLayer
 from lightseq_fairseq.layers.encoder import TransformerEncoder, TransformerEncoderLayer
 from lightseq_fairseq.layers.packing import Packing
-from lightseq_fairseq.layers.residual import LayerNorm
+from lightseq_fairseq.layers.sublayers import InferenceNorm, Stream, Sublayers
 from lightseq_fairseq.ops import InferenceLinear
-
-
-class InferenceNorm:
-    """A layer norm without the module call around it: a decoding step has dozens."""
-
-    def __init__(self, norm: LayerNorm) -> None:
-        self.shape, self.weight, self.bias, self.eps = list(norm.weight.shape), norm.weight, norm.bias, norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return torch.native_layer_norm(x, self.shape, self.weight, self.bias, self.eps)[0]
+from lightseq_fairseq.ops.decode_linear import serves
 
 
 def scaled_query(attention: MultiheadAttention) -> tuple[Tensor, Tensor]:
@@ -89,13 +79,16 @@ def _join(x: Tensor, linear: InferenceLinear, residual: Tensor, norm: InferenceN
 
 
 def read_layers(layers: Sequence[InferenceLayer], x: Tensor, packing: Packing, causal: bool,
-                last_norm: InferenceNorm | None, keys_values: list[Tensor] | None = None) -> Tensor:
+                last_norm: InferenceNorm | None, keys_values: list[Tensor] | None = None,
+                sublayers: Sublayers | None = None) -> Tensor:
     """Packed embeddings (N, C) through all ``layers`` and the norm behind them -> (N, C).
 
-    ``keys_values`` collects keys and values of each layer, (N, 2, H, D).
+    ``keys_values`` collects keys and values of each layer, (N, 2, H, D). With ``sublayers`` few rows take them.
     """
     if not layers:
         return x if last_norm is None else last_norm(x)
+    if sublayers is not None and keys_values is None and serves(x, layers[0].fc1.weight):
+        return _read_few(layers, x, packing, causal, last_norm, sublayers)
     pre = layers[0].normalize_before
     y = layers[0].self_norm(x) if pre else x
     for index, layer in enumerate(layers):
@@ -104,6 +97,21 @@ def read_layers(layers: Sequence[InferenceLayer], x: Tensor, packing: Packing, c
         if keys_values is not None:
             keys_values.append(qkv[:, 1:])
     return y if pre or last_norm is None else last_norm(y)
+
+
+def _read_few(layers: Sequence[InferenceLayer], x: Tensor, packing: Packing, causal: bool,
+              last_norm: InferenceNorm | None, sublayers: Sublayers) -> Tensor:
+    """As :func:`read_layers`, a sublayer being two launches and its attention."""
+    pre = sublayers.normalize_before
+    stream = Stream(x, layers[0].self_norm if pre else None)
+    for index, layer in enumerate(layers):
+        following = layers[index + 1].self_norm if index + 1 < len(layers) else last_norm
+        qkv = sublayers.read(stream, layer.qkv).view(-1, 3, layer.heads, layer.head_dim)
+        context = ops.self_attention(qkv, packing.cu_seqlens, packing.width, causal, scale=1.0).flatten(1)
+        stream = sublayers.join(context, layer.out, stream, layer.final_norm if pre else layer.self_norm)
+        hidden = sublayers.read(stream, layer.fc1)
+        stream = sublayers.join(hidden, layer.fc2, stream, following if pre else layer.final_norm)
+    return stream.normed if pre or last_norm is None else last_norm(stream.normed)
 
 
 class InferenceEncoder:
@@ -115,9 +123,11 @@ class InferenceEncoder:
         self.encoder = encoder
         self.layers = [InferenceLayer(layer, int8) for layer in encoder.layers]  # type: ignore[arg-type]
         self.last_norm = None if encoder.layer_norm is None else InferenceNorm(encoder.layer_norm)
+        on_gpu = self.layers and self.layers[0].self_norm.weight.is_cuda
+        self.sublayers = Sublayers(self.layers[0].normalize_before) if on_gpu else None
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, packing: Packing, token_types: Tensor | None = None) -> Tensor:
         """Packed ``tokens`` (N,) int64, and their types where the model has some -> (N, C)."""
         x = self.encoder.embed(tokens, packing.positions, packing.width, token_types=token_types)
-        return read_layers(self.layers, x, packing, False, self.last_norm)
+        return read_layers(self.layers, x, packing, False, self.last_norm, sublayers=self.sublayers)

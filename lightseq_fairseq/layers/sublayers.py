@@ -1,0 +1,105 @@
+"""What travels between the sublayers of a stack, and the linear maps and norms that it goes through.
+
+Few rows take ``decode_linear`` (ops/decode_linear.py): a sublayer leaves the sum in front of the norm and its moments,
+and whoever reads it normalises. Many go through torch's GEMMs, and a sublayer ends in one operator that adds bias and
+residual and normalises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightseq_fairseq import ops
+from lightseq_fairseq.layers.residual import LayerNorm
+from lightseq_fairseq.ops.activation import ACTIVATION_FUNCTIONS
+from lightseq_fairseq.ops.decode_linear import MAX_NORMED, Folded, decode_linear, fold, serves
+from lightseq_fairseq.ops.linear import InferenceLinear
+
+
+class InferenceNorm:
+    """A layer norm without the module call around it: a decoding step has dozens."""
+
+    def __init__(self, norm: LayerNorm) -> None:
+        self.shape, self.weight, self.bias, self.eps = list(norm.weight.shape), norm.weight, norm.bias, norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return torch.native_layer_norm(x, self.shape, self.weight, self.bias, self.eps)[0]
+
+
+@dataclass
+class Stream:
+    """A sum (R, C) and the norm that is still to be applied to it, None if there is none."""
+
+    sum: Tensor
+    norm: InferenceNorm | None
+    moments: Tensor | None = None
+    """Of the sum, see ops/decode_linear.py, if whoever made it has left them."""
+    _normed: Tensor | None = None
+
+    @property
+    def normed(self) -> Tensor:
+        """(R, C): norm(sum), made here if nobody has yet."""
+        if self.norm is None:
+            return self.sum
+        if self._normed is None:
+            norm = self.norm
+            self._normed = ops.layer_norm(self.sum, norm.weight, norm.bias, norm.eps)
+        return self._normed
+
+
+class Sublayers:
+    """How the sublayers of a stack read the stream and join it; later changes of the weights are not seen."""
+
+    def __init__(self, normalize_before: bool) -> None:
+        self.normalize_before = normalize_before
+        self._folded: dict[int, Folded] = {}
+
+    def fold(self, linear: InferenceLinear, norm: InferenceNorm) -> Folded:
+        """``linear`` behind ``norm``, which is always the same for one map."""
+        if id(linear) not in self._folded:
+            self._folded[id(linear)] = fold(linear.weight, linear.bias, norm.weight, norm.bias)
+        return self._folded[id(linear)]
+
+    def read(self, stream: Stream, linear: InferenceLinear) -> Tensor:
+        """The stream, normalised, through a linear map with its activation: (R, C) -> (R, O)."""
+        norm = stream.norm
+        if norm is None or stream.moments is None or not serves(stream.sum, linear.weight):
+            return self.linear(stream.normed, linear.weight, linear.bias, linear.activation_name)
+        folded = self.fold(linear, norm)
+        return decode_linear(stream.sum, folded.weight, folded.bias, linear.activation_name, sums=folded.sums,
+                             moments=stream.moments, eps=norm.eps)[0]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """(R, I) -> (R, O)."""
+        if serves(x, weight):
+            return decode_linear(x, weight, bias, activation)[0]
+        if activation == "relu" and bias is not None:  # which the GEMM does on its way out
+            return torch._addmm_activation(bias, x, weight.t())
+        if activation != "linear" and bias is not None:
+            return ops.bias_activation_dropout(F.linear(x, weight), bias, activation)
+        return ACTIVATION_FUNCTIONS[activation](F.linear(x, weight, bias))
+
+    def join(self, x: Tensor, linear: InferenceLinear, stream: Stream, norm: InferenceNorm | None) -> Stream:
+        """The sum of ``linear`` of ``x`` (R, I) and the residual, to be normalised by ``norm``."""
+        pre, bias = self.normalize_before, linear.bias
+        assert bias is not None
+        if serves(x, linear.weight):
+            collect = norm is not None and stream.sum.size(1) <= MAX_NORMED
+            if pre or stream.moments is None or stream.norm is None:
+                residual = stream.sum if pre else stream.normed
+                out, moments = decode_linear(x, linear.weight, bias, residual=residual, collect=collect)
+            else:
+                old = stream.norm
+                out, moments = decode_linear(x, linear.weight, bias, moments=stream.moments, residual=stream.sum,
+                                             gain=old.weight, shift=old.bias, eps=old.eps, collect=collect)
+            return Stream(out, norm, moments if collect else None)
+        y, residual = F.linear(x, linear.weight), stream.sum if pre else stream.normed
+        if norm is None:
+            return Stream(ops.bias_dropout_residual(y, bias, residual), None)
+        total, normed = ops.bias_dropout_residual_layer_norm(y, bias, residual, norm.weight, norm.bias, norm.eps)
+        return Stream(total, norm, None, normed)
