@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=28672)
     parser.add_argument("--dtype", default="fp16" if ON_GPU else "fp32", choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--slots", default="127,255,383" if ON_GPU else "15")
+    parser.add_argument("--slots", default="255,511,767" if ON_GPU else "15")
     parser.add_argument("--batches", default="" if ON_GPU else "16", help="ours without slots")
     parser.add_argument("--examples", default="32,64,128,256" if ON_GPU else "16", help="CTranslate2's, in sentences")
     parser.add_argument("--tokens", default="2048,4096,8192" if ON_GPU else "512", help="CTranslate2's, in tokens")

@@ -13,7 +13,7 @@ cache and torch.compile. Inputs begin on the host, encoders' outputs end on the 
     bert-base-BxT         B texts of up to T tokens, half of the slots padding; milliseconds a batch
 
 Results go to models.json ({"gpu", "torch", "commit", "rows": [{"case", "contender", "ms"}]}) and models.png in --out,
-medians over alternating repeats. A contender that fails leaves its reason in place of "ms".
+medians over alternating repeats, and a table is printed. A contender that fails leaves its reason in place of "ms".
 """
 
 from __future__ import annotations
@@ -225,6 +225,18 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a row a case: milliseconds of Hugging Face, eager, and of ours."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        times.setdefault(row["case"], {})[row["contender"]] = row.get("ms", float("nan"))
+    lines = ["| fp16 | Hugging Face, eager | ours | times |", "|---|---|---|---|"]
+    for case, own in times.items():
+        theirs, ours = own.get("hf-eager", own.get("huggingface", float("nan"))), own.get("lightseq", float("nan"))
+        lines.append(f"| {case} | {theirs:.4g} | {ours:.3g} | {theirs / ours:.1f} |")
+    return "\n".join(lines)
+
+
 CASES = [*(f"gpt2-b{batch}" for batch in (1, 8)), *(f"bart-base-beam4-b{batch}" for batch in (1, 8, 32)),
          *(f"bart-large-greedy-b{batch}" for batch in (32, 64, 128)),
          *(f"bert-base-{size}" for size in ("1x32", "8x128", "32x128", "128x128"))]
@@ -266,6 +278,7 @@ def main() -> None:
         torch.compiler.reset()
         if ON_GPU:
             torch.cuda.empty_cache()
+    print(table(rows))
     if can_plot() and any("ms" in row for row in rows):
         plot(rows, args.out / "models.png", f"{about['gpu']}, torch {about['torch']}, {args.dtype}")
 

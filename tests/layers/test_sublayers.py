@@ -65,10 +65,11 @@ def test_kernels(name, dtype, device, few):
     """As far from fp64 as the many rows' way, within a factor."""
     if device.type == "cpu":
         pytest.skip("few rows are for GPUs; run with --device cuda")
-    tokens, packing = given([17, 3, 30], device)
-    encoder = build(name, torch.float64, device)
-    exact, encoder = encoder.encode(tokens, packing), encoder.to(dtype)
-    inference = InferenceEncoder(encoder)
+    lengths = [17, 3, 30]
+    encoder = build(name, torch.float64, "cpu")
+    exact = encoder.encode(*given(lengths, "cpu")).to(device)  # kernels have no fp64
+    tokens, packing = given(lengths, device)
+    inference = InferenceEncoder(encoder.to(device, dtype))
     error = (inference(tokens, packing).double() - exact).abs().max()
     inference.sublayers, taken = None, len(few)
     assert taken == 1
