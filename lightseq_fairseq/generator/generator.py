@@ -145,8 +145,8 @@ class Generator:
         for places in _batches_by_length([len(ids[i]) for i in rest], max_tokens, max_sentences):
             batch = [rest[place] for place in places]
             prefixes = None if prefix_ids is None else self._padded([prefix_ids[i] for i in batch])
-            sources = torch.tensor([token for i in batch for token in ids[i]], dtype=torch.int64).split(
-                [len(ids[i]) for i in batch])  # one tensor for all: it is the calls that take time
+            joint = torch.tensor([token for i in batch for token in ids[i]], dtype=torch.int64)
+            sources = torch.split(joint, [len(ids[i]) for i in batch])  # one tensor for all: calls take time
             phrases = None if constraints is None else [
                 [torch.tensor(phrase, dtype=torch.int64) for phrase in constraints[i]] for i in batch]
             found = self.generate(sources, options, prefixes, draws=draws, constraints=phrases)
