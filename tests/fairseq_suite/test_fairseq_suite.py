@@ -59,7 +59,8 @@ def results(tmp_path_factory) -> list[ElementTree.Element]:
         folder = distribution.upstream_tests(tmp_path_factory.mktemp("fairseq"))
     except distribution.NotAvailable as reason:
         pytest.skip(str(reason))
-    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])  # fairseq may be there
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), *inherited])
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "substitution", "--assert=plain", "-p", "no:cacheprovider",
          "-p", "no:warnings", "-q", "--rootdir=.", "-c", os.devnull, "--junitxml=results.xml",
