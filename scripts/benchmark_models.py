@@ -227,13 +227,16 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a row a case: milliseconds of Hugging Face, eager, and of ours."""
+    def digits(x: float) -> str:
+        return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         times.setdefault(row["case"], {})[row["contender"]] = row.get("ms", float("nan"))
     lines = ["| fp16 | Hugging Face, eager | ours | times |", "|---|---|---|---|"]
     for case, own in times.items():
         theirs, ours = own.get("hf-eager", own.get("huggingface", float("nan"))), own.get("lightseq", float("nan"))
-        lines.append(f"| {case} | {theirs:.4g} | {ours:.3g} | {theirs / ours:.1f} |")
+        lines.append(f"| {case} | {digits(theirs)} | {digits(ours)} | {theirs / ours:.1f} |")
     return "\n".join(lines)
 
 
