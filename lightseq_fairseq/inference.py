@@ -56,8 +56,8 @@ class _Model:
                         **options: Any) -> Model:
         """``path`` is a folder as Hugging Face's ``save_pretrained`` writes it, or a model file; otherwise as the class
         itself. What generation_config.json suggests, in the folder or in the one that lightseq-export left beside the
-        file, is the default of the options. A target's first token that it forces does not count in the score, as
-        with Hugging Face, unless ``score_prefix`` is given."""
+        file, is the default of the options. What it forces, a target's first token or eos at the limit, does not count
+        in the score, as with Hugging Face, unless ``score_prefix`` or ``score_forced_eos`` is given."""
         if Path(path).is_dir():
             from lightseq_fairseq.export.huggingface import from_huggingface
 
@@ -276,8 +276,8 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 def _suggested_by(found: dict[str, Any]) -> dict[str, Any]:
     """GenerationOptions that a generation_config suggests by its num_beams, length_penalty, min_length,
-    no_repeat_ngram_size, do_sample, temperature, top_k and top_p; "first_tokens", which every target begins with
-    (forced_bos_token_id); "max_length"."""
+    no_repeat_ngram_size, do_sample, temperature, top_k, top_p and forced_eos_token_id; "first_tokens", which every
+    target begins with (forced_bos_token_id); "max_length"."""
     suggested: dict[str, Any] = {}
     for theirs, ours in (("length_penalty", "lenpen"), ("no_repeat_ngram_size", "no_repeat_ngram_size"),
                          ("max_length", "max_length")):
@@ -294,6 +294,8 @@ def _suggested_by(found: dict[str, Any]) -> dict[str, Any]:
         suggested["sampling_topk"] = found.get("top_k") or (0 if "sampling_topp" in suggested else 50)
     if found.get("forced_bos_token_id") is not None:
         suggested["first_tokens"] = [found["forced_bos_token_id"]]
+    if found.get("forced_eos_token_id") is not None:
+        suggested["score_forced_eos"] = False
     return suggested
 
 

@@ -94,9 +94,8 @@ def hugging_face_targets(stock, rows, start, **options):
     ids, mask = padded(rows, stock.config.pad_token_id)
     plain = dict(forced_eos_token_id=None, forced_bos_token_id=None, no_repeat_ngram_size=0, length_penalty=1.0)
     with torch.no_grad():
-        found = stock.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=10,
-                               suppress_tokens=[stock.config.pad_token_id], decoder_start_token_id=start,
-                               **plain | options)
+        found = stock.generate(ids, attention_mask=mask, do_sample=False, suppress_tokens=[stock.config.pad_token_id],
+                               decoder_start_token_id=start, **dict(max_new_tokens=10) | plain | options)
     return found[:, 1:].tolist()
 
 
@@ -133,6 +132,27 @@ def test_a_forced_first_token_does_not_count(first, early, tmp_path, device):
                    for model in (ours, counted))
     assert best == [until_eos(row, eos) for row in expected]
     assert best != other or not early  # a search that stops late finds the best of either
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("limit", [2, 3])
+def test_eos_forced_at_the_limit_does_not_count(limit, early, tmp_path, device):
+    """Its log-probability would rank targets that are cut behind those that end of themselves."""
+    stock = random_model("bart")
+    stock.final_logits_bias[0, stock.config.eos_token_id] += 2  # or all targets would be cut
+    folder = folder_of(stock, tmp_path)
+    suggested = json.loads((folder / "generation_config.json").read_text())
+    eos, rows = stock.config.eos_token_id, texts(LENGTHS)
+    (folder / "generation_config.json").write_text(json.dumps(suggested | {"forced_eos_token_id": eos}))
+    options = dict(beam=4, nbest=1, lenpen=1.0, min_len=0, max_len_b=limit - 1, early_stopping=early)
+    ours, counted = (lsi.Bart.from_pretrained(folder, 8, device, **options, **more)
+                     for more in ({}, {"score_forced_eos": True}))
+    expected = hugging_face_targets(stock, rows, ours.config.start, num_beams=4, early_stopping=early,
+                                    forced_eos_token_id=eos, max_new_tokens=limit)
+    best, other = ([until_eos(ids, eos) for ids in model.infer([row.tolist() for row in rows])[0][:, 0].tolist()]
+                   for model in (ours, counted))
+    assert best == [until_eos(row, eos) for row in expected]
+    assert best != other
 
 
 @pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])

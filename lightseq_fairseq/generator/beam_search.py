@@ -172,7 +172,8 @@ class _Decoding:
         if options.no_repeat_ngram_size:
             self.rules.append(NoRepeatNgram(options.no_repeat_ngram_size, config.pad, contexts, self.device))
         prefix = None if prefix_tokens is None else prefix_tokens.to(self.device)
-        self.forced = ForcedTokens(self.limits, prefix, config.pad, config.eos, options.force_eos, options.score_prefix)
+        self.forced = ForcedTokens(self.limits, prefix, config.pad, config.eos, options.force_eos, options.score_prefix,
+                                   options.score_forced_eos)
 
     def _contexts(self) -> list[Tensor]:
         """Log-probabilities of the texts that are continued, their first tokens left out; as of an ensemble."""

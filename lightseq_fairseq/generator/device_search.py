@@ -23,9 +23,17 @@ from lightseq_fairseq.generator.device_state import (
     Snapshot,
     Table,
     columns_of,
+    hides_eos,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_prefix
+from lightseq_fairseq.generator.hypotheses import (
+    Array,
+    Hypothesis,
+    Ranking,
+    read,
+    without_forced_eos,
+    without_prefix,
+)
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.generator.refill import Refill, Slots
@@ -95,7 +103,7 @@ class DeviceSearch:
         config = self.model.config
         beam = min(options.beam, config.tgt_vocab_size - 1)
         if (self.step is None or options.match_source_len or options.constraints
-                or options.return_attention or options.return_alignment):
+                or options.return_attention or options.return_alignment or hides_eos(options)):
             return False
         tiles = -(-config.tgt_vocab_size // TILE)
         return beam <= MAX_BEAM and beam * tiles <= MAX_TILES and 2 * beam <= config.tgt_vocab_size - 3
@@ -128,6 +136,8 @@ class DeviceSearch:
         record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens, draws)
         if prefix_tokens is not None and not options.score_prefix:
             record = without_prefix(record, (prefix_tokens != config.pad).sum(1).tolist())
+        if not options.score_forced_eos:
+            record = without_forced_eos(record, max_lens)
         found = read(record, max_lens, Ranking(options.lenpen, options.normalize_scores), options.nbest, config.eos)
         check_found(found)
         return found

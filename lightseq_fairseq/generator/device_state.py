@@ -22,6 +22,12 @@ def settings_of(options: GenerationOptions, beam: int) -> Settings:
     return Settings(**{name: getattr(options, name) for name in Settings._fields})._replace(beam=beam)
 
 
+def hides_eos(options: GenerationOptions) -> bool:
+    """Whether eos at the limit is not to count and the record of the steps does not say what it counted: scores of
+    diverse beams hold penalties as well."""
+    return not options.score_forced_eos and (options.diverse_beam_groups > 0 or options.diversity_rate > 0)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What the kernels of a step are, as far as options choose them; the rest of the options are data."""

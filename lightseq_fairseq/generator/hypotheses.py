@@ -197,6 +197,25 @@ def without_prefix(record: list[Array], lengths: Sequence[int]) -> list[Array]:
     return [ended, totals, beams, tokens, parents, scores]
 
 
+def without_forced_eos(record: list[Array], limits: Sequence[int | None]) -> list[Array]:
+    """The record of :func:`read` as if eos had been certain at step ``limits`` (B,), where all beams end; None leaves a
+    sentence as it is."""
+    steps = np.array([len(record[0]) if limit is None else limit for limit in limits], np.int64)
+    cut = np.flatnonzero(steps < len(record[0]))
+    ended, totals, beams, tokens, parents, scores = record
+    if not cut.size:
+        return record
+    at, rows = steps[cut], cut[:, None]
+    last = [column[at, cut] for column in (ended, totals, beams)]  # (B', K) each
+    before = np.where(at[:, None] > 0, scores[np.maximum(at - 1, 0)[:, None], rows, last[2]], np.float32(0))
+    counts = last[0] & np.isfinite(last[1])
+    last[1] = np.where(counts, before, last[1])
+    order = np.argsort(np.where(counts, -last[1], np.inf), axis=1, kind="stable")  # the best complete first
+    for column, values in zip((changed := [ended.copy(), totals.copy(), beams.copy()]), last, strict=True):
+        column[at, cut] = np.take_along_axis(values, order, 1)
+    return [*changed, tokens, parents, scores]
+
+
 def _pool(record: list[Array], last_steps: Ints, beam: int, eos: int, ranking: Ranking) -> Pool:
     """The hypotheses that count, which end no later than their sentence's last step.
 

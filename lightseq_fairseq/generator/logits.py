@@ -140,7 +140,7 @@ class ForcedTokens:
     """What each sentence must say at each step: its prefix, and eos at its length limit if that is ``force_eos``."""
 
     def __init__(self, max_lens: Tensor, prefix: Tensor | None, pad: int, eos: int, force_eos: bool = True,
-                 score_prefix: bool = True) -> None:
+                 score_prefix: bool = True, score_forced_eos: bool = True) -> None:
         """``max_lens`` (B,) int64 and ``prefix`` (B, P) int64, pad where free, both on the decoding device."""
         steps = torch.arange(int(max_lens.max()) + 1, device=max_lens.device)
         self.tokens = torch.full((max_lens.numel(), steps.numel()), pad, device=max_lens.device)  # (B, T)
@@ -152,6 +152,8 @@ class ForcedTokens:
         self.unscored = None if score_prefix or prefix is None else self.tokens != pad
         if force_eos:
             self.tokens.masked_fill_(at_limit, eos)
+            if not score_forced_eos:
+                self.unscored = at_limit if self.unscored is None else self.unscored | at_limit
         self.free = pad
         self.forces_at = (self.tokens != pad).any(0).tolist()
         self.ends_at = self.ends.any(0).tolist()

@@ -54,6 +54,8 @@ class GenerationOptions:
     score_prefix: bool = True
     """Whether tokens that a prefix forces count in scores by their log-probabilities, as in fairseq; False counts 0, as
     Hugging Face does."""
+    score_forced_eos: bool = True
+    """Likewise eos at the limit, where ``force_eos`` makes it the last token."""
     max_len_a: float = 0.0
     """eos is forced at step ``min(int(max_len_a * src_len + max_len_b), max_target_positions - 1)``,
     where src_len counts the source's eos."""

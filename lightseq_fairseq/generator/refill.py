@@ -25,9 +25,17 @@ from lightseq_fairseq.generator.device_state import (
     Table,
     columns_of,
     forced_tokens,
+    hides_eos,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_prefix
+from lightseq_fairseq.generator.hypotheses import (
+    Array,
+    Hypothesis,
+    Ranking,
+    read,
+    without_forced_eos,
+    without_prefix,
+)
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.capture import captured
@@ -183,6 +191,8 @@ class Refill:
             return f"{beam} beams exceed the {slots.beam} of a slot"
         if not self.kind.covers(Kind.of(options)):
             return f"slots that search by {self.kind} do not search by {Kind.of(options)}"
+        if hides_eos(options):
+            return "diverse beams have no score in which eos at the limit does not count"
         return None
 
     def submit(self, src_tokens: Tensor | Sequence[int], options: GenerationOptions, limit: int,
@@ -268,6 +278,8 @@ class Refill:
             limits = [requests[place].limit for place in places]
             columns = without_prefix(columns_of(record[:, places, :beam]),
                                      [requests[place].unscored(self.step.config.pad) for place in places])
+            columns = without_forced_eos(columns, [
+                None if requests[place].options.score_forced_eos else requests[place].limit for place in places])
             found = read(columns, limits, ranking, nbest, self.step.config.eos)
             yield from ((requests[place].ticket, hypotheses)
                         for place, hypotheses in zip(places, found, strict=True))

@@ -11,9 +11,11 @@ import torch
 from lightseq_fairseq.generator import device_search
 from lightseq_fairseq.generator.beam_search import decode, length_limits
 from lightseq_fairseq.generator.device_search import DeviceSearch
+from lightseq_fairseq.generator.device_state import Kind
 from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
+from lightseq_fairseq.generator.refill import Slots
 from lightseq_fairseq.layers.compiled import CompiledDecoder
 from lightseq_fairseq.ops import decode_block
 from tests import tolerances
@@ -113,6 +115,30 @@ def test_prefixes(beam, prefix, device):
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, max_lens=[2, 9, 3])
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_prefix=False)
     compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_prefix=False, max_lens=[2, 9, 3])
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_forced_eos=False, max_lens=[2, 9, 3])
+    compare(model, sentences(3), torch.tensor(prefix), beam=beam, score_prefix=False, score_forced_eos=False,
+            max_lens=[2, 9, 1])
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(min_len=0, unkpen=-4.0), dict(no_repeat_ngram_size=2), dict(lenpen=2.0)], ids=str)
+@pytest.mark.parametrize("beam", [1, 4])
+def test_eos_at_the_limit_that_does_not_count(beam, options, device):
+    """Sentences that never come to their limits among those that do, one at its first step."""
+    src = sentences(7)
+    compare(Transformer(random_model(seed=3), device), src, beam=beam, score_forced_eos=False,
+            max_lens=[2, 9, 0 if options.get("min_len") == 0 else 3, 30, 4, 1, 30], **options)
+
+
+def test_diverse_beams_count_eos_at_the_limit(device):
+    """Their scores hold penalties, from which it cannot be told apart later: such a search goes step by step."""
+    search = DeviceSearch(Transformer(random_model(), device))
+    slots = search.refill(Slots(4, 4, 32, 12), Kind(siblings=True))
+    for diverse in (dict(diverse_beam_groups=2), dict(diversity_rate=0.5)):
+        assert search.serves(GenerationOptions(beam=4, **diverse))
+        options = GenerationOptions(beam=4, score_forced_eos=False, **diverse)
+        assert not search.serves(options)
+    assert "eos at the limit" in slots.refusal(5, options, 9)
 
 
 @pytest.mark.parametrize("options", [

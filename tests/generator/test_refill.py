@@ -105,11 +105,13 @@ def test_samples_repeat_with_their_seed(device):
     assert len({str(h) for hypotheses in found[0] for h in hypotheses}) > 30, "beams and sentences draw their own"
 
 
+@pytest.mark.parametrize("score_forced_eos", [True, False])
 @pytest.mark.parametrize("score_prefix", [True, False])
-def test_prefixes(score_prefix, device):
+def test_prefixes(score_prefix, score_forced_eos, device):
     model = Transformer(random_model(), device)
     src, prefixes = sentences(9), [[7], [8, 9, 2], None, [], [5, 6], [2], [4] * 30, [3, 3], [9]]
-    options = GenerationOptions(beam=3, nbest=2, max_len_b=9, score_prefix=score_prefix)
+    options = GenerationOptions(beam=3, nbest=2, max_len_b=9, score_prefix=score_prefix,
+                                score_forced_eos=score_forced_eos)
     found = run(DeviceSearch(model).refill(Slots(4, 3, 10, 12)), src, options, prefixes)
     for sentence, prefix, ours in zip(src, prefixes, found, strict=True):
         assert_same([ours], decode([model], [sentence], options, torch.tensor([prefix]) if prefix else None))
