@@ -1,6 +1,7 @@
 // One decoding step of attention (lightseq_fairseq/ops/decode_attention.py has formulas and shapes).
 //
-// Eight elements of a head are a lane's; LANES lanes have a key, the groups of LANES lanes of all warps of a block walk
+// Cross-attention of two to eight beams of 16 bits goes to the tensor cores (cross_attention_tiles). Elsewhere eight
+// elements of a head are a lane's; LANES lanes have a key, the groups of LANES lanes of all warps of a block walk
 // over the keys, each with its own running softmax. These are merged within a warp by shuffles, between warps through
 // shared memory. Each key and value is read once, by self-attention for one beam, by cross-attention for all of them.
 #pragma once
@@ -110,8 +111,8 @@ __device__ __forceinline__ void finish(T* context, const Softmax& softmax) {
 // CUDA kernels
 
 // What self-attention reads and writes: qkv (R, 3, H, D), cache (2, B, H, T * K, D), ancestors (B, K, T), steps (B,).
-// What comes first in each past, or null: before (N, 2, H, D), a sentence's first token and its end at bounds[b * apart]
-// and the one behind, its last token left out.
+// What comes first in each past, or null: before (N, 2, H, D), a sentence's first token and its end at
+// bounds[b * apart] and the one behind, its last token left out.
 template <typename T>
 struct Past {
   T* cache;
@@ -122,8 +123,8 @@ struct Past {
   long value_offset;
 };
 
-// Beam k of a (head, sentence), by WARPS warps that leave LANES pieces each in `pieces` (beams, WARPS, LANES); all threads
-// of the block must come, those of beams that are not there too. True for the lanes that then have the softmax.
+// Beam k of a (head, sentence), by WARPS warps that leave LANES pieces each in `pieces` (beams, WARPS, LANES); all
+// threads of the block must come, those of beams that are not there too. True for the lanes that then have the softmax.
 template <int LANES, int WARPS, typename T>
 __device__ __forceinline__ bool attend_to_past(Softmax& softmax, Piece* pieces, const Past<T>& past, int head,
                                                int sentence, int k, bool there) {
@@ -197,8 +198,8 @@ __device__ __forceinline__ bool attend_to_past(Softmax& softmax, Piece* pieces, 
   return true;
 }
 
-// WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B). context
-// (R, H, D). Dynamic shared memory: LANES pieces a warp.
+// WARPS warps a beam, all beams of a (head, sentence) a block, since they share much of their past: grid (H, B).
+// context (R, H, D). Dynamic shared memory: LANES pieces a warp.
 template <typename T, int LANES, int WARPS>
 __global__ void __launch_bounds__(1024) self_attention(T* context, const Past<T> past) {
   extern __shared__ Piece pieces[];
@@ -284,9 +285,9 @@ __global__ void __launch_bounds__(WARPS* kWarp)
   }
 }
 
-// Two to eight beams of a (head, sentence) are rows of a tile of the tensor cores, which half of it or more goes without:
-// grid (H, B). Each of WARPS warps takes every WARPS-th kTileKeys keys, and has the next ones under way, the first before
-// the queries are there. Probabilities are rounded to T. Arguments as above, heads have D elements.
+// Two to eight beams of a (head, sentence) are rows of a tile of the tensor cores, of which half or more stays empty:
+// grid (H, B). Each of WARPS warps takes every WARPS-th kTileKeys keys, and has the next ones under way, the first
+// before the queries are there. Probabilities are rounded to T. Arguments as above, heads have D elements.
 constexpr int kTileBeams = 8, kTileKeys = 32;
 
 template <int D, int WARPS>
@@ -472,8 +473,8 @@ void self_attention(T* context, const Past<T>& past, int batch, cudaStream_t str
   });
 }
 
-// Few heads and long sources are shared among more warps; there is room for `tokens` of all sources, which slots, whose
-// bounds lie apart, use a third of.
+// Few heads and long sources are shared among more warps; there is room for `tokens` of all sources, of which slots,
+// whose bounds lie apart, leave much free.
 template <typename T>
 void cross_attention(T* context, const T* q, const T* keys_values, const int* bounds, int apart, int tokens, int batch,
                      int beam, int heads, int dim, cudaStream_t stream) {

@@ -26,14 +26,7 @@ from lightseq_fairseq.generator.device_state import (
     hides_eos,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import (
-    Array,
-    Hypothesis,
-    Ranking,
-    read,
-    without_forced_eos,
-    without_prefix,
-)
+from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_forced
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationOptions
 from lightseq_fairseq.generator.refill import Refill, Slots
@@ -54,8 +47,8 @@ step by step, where the cache grows with the sentences."""
 
 
 _LEAST_SLOTS, _MOST_SLOTS = 8, 767
-"""Sentences decoded together by :class:`Refill`: one more makes up the batch. More gain little (base on an H200: 511 do
-90 % and 1023 102 % of what 767 do a second)."""
+"""Sentences decoded together by :class:`Refill`: one more makes up the batch. More gain little (10 000 sentences, base,
+on an H200: 11 400 a second in 511 slots, 15 000 in 767, 15 300 in 1023)."""
 
 
 class _Shape(NamedTuple):
@@ -134,10 +127,9 @@ class DeviceSearch:
         if options.sampling and draws is None and options.seed is not None:
             draws = torch.Generator(self.model.device).manual_seed(options.seed)
         record = self._plan(shape).run(src_tokens, options, prefix_tokens, max_lens, draws)
-        if prefix_tokens is not None and not options.score_prefix:
-            record = without_prefix(record, (prefix_tokens != config.pad).sum(1).tolist())
-        if not options.score_forced_eos:
-            record = without_forced_eos(record, max_lens)
+        uncounted = None if options.score_prefix or prefix_tokens is None else prefix_tokens != config.pad
+        record = without_forced(record, None if uncounted is None else uncounted.sum(1).tolist(),
+                                None if options.score_forced_eos else max_lens)
         found = read(record, max_lens, Ranking(options.lenpen, options.normalize_scores), options.nbest, config.eos)
         check_found(found)
         return found

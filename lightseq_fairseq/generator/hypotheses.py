@@ -182,11 +182,18 @@ def read(record: list[Array], last_steps: Sequence[int], ranking: Ranking, nbest
     return found
 
 
-def without_prefix(record: list[Array], lengths: Sequence[int]) -> list[Array]:
-    """The record of :func:`read` as if the first ``lengths`` (B,) tokens, which all hypotheses of a sentence have, had
-    been certain."""
-    if not any(lengths):
-        return record
+def without_forced(record: list[Array], prefixes: Sequence[int] | None,
+                   limits: Sequence[int | None] | None) -> list[Array]:
+    """The record of :func:`read` as if what was forced had been certain: the first ``prefixes`` (B,) tokens, which all
+    hypotheses of a sentence have, and eos at step ``limits`` (B,), where all beams end; None for what counts."""
+    if prefixes is not None and any(prefixes):
+        record = _without_prefix(record, prefixes)
+    if limits is not None and any(limit is not None for limit in limits):
+        record = _without_forced_eos(record, limits)
+    return record
+
+
+def _without_prefix(record: list[Array], lengths: Sequence[int]) -> list[Array]:
     ended, totals, beams, tokens, parents, scores = record
     free = np.minimum(lengths, len(scores))
     before = np.where(free > 0, scores[free - 1, np.arange(len(free)), 0], np.float32(0))  # of all that goes on
@@ -197,14 +204,10 @@ def without_prefix(record: list[Array], lengths: Sequence[int]) -> list[Array]:
     return [ended, totals, beams, tokens, parents, scores]
 
 
-def without_forced_eos(record: list[Array], limits: Sequence[int | None]) -> list[Array]:
-    """The record of :func:`read` as if eos had been certain at step ``limits`` (B,), where all beams end; None leaves a
-    sentence as it is."""
+def _without_forced_eos(record: list[Array], limits: Sequence[int | None]) -> list[Array]:
     steps = np.array([len(record[0]) if limit is None else limit for limit in limits], np.int64)
     cut = np.flatnonzero(steps < len(record[0]))
     ended, totals, beams, tokens, parents, scores = record
-    if not cut.size:
-        return record
     at, rows = steps[cut], cut[:, None]
     last = [column[at, cut] for column in (ended, totals, beams)]  # (B', K) each
     before = np.where(at[:, None] > 0, scores[np.maximum(at - 1, 0)[:, None], rows, last[2]], np.float32(0))

@@ -28,14 +28,7 @@ from lightseq_fairseq.generator.device_state import (
     hides_eos,
     settings_of,
 )
-from lightseq_fairseq.generator.hypotheses import (
-    Array,
-    Hypothesis,
-    Ranking,
-    read,
-    without_forced_eos,
-    without_prefix,
-)
+from lightseq_fairseq.generator.hypotheses import Array, Hypothesis, Ranking, read, without_forced
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.capture import captured
@@ -276,10 +269,10 @@ class Refill:
             alike.setdefault(key, []).append(place)
         for (ranking, nbest, beam), places in alike.items():
             limits = [requests[place].limit for place in places]
-            columns = without_prefix(columns_of(record[:, places, :beam]),
-                                     [requests[place].unscored(self.step.config.pad) for place in places])
-            columns = without_forced_eos(columns, [
-                None if requests[place].options.score_forced_eos else requests[place].limit for place in places])
+            columns = without_forced(
+                columns_of(record[:, places, :beam]),
+                [requests[place].unscored(self.step.config.pad) for place in places],
+                [None if requests[place].options.score_forced_eos else requests[place].limit for place in places])
             found = read(columns, limits, ranking, nbest, self.step.config.eos)
             yield from ((requests[place].ticket, hypotheses)
                         for place, hypotheses in zip(places, found, strict=True))

@@ -37,8 +37,8 @@ def fits(config: TransformerConfig) -> bool:
 
 
 _MANY_TOKENS = 1024
-"""Source tokens from which a product for each layer, written where it belongs, takes less than one for all, which few
-fill the GPU with, and a copy."""
+"""Source tokens from which each layer's keys and values are a product of their own, written where they belong; fewer
+are one product for all layers and a copy. Measured at 4 096 and 38 400 (H200), where that saves time, not between."""
 
 
 @dataclass
