@@ -3,11 +3,11 @@
 
     python scripts/benchmark_train.py DATA_BIN [--cases base-512,base-4096,base-16384,big-4096] [--dtype fp16,bf16]
 
-DATA_BIN is a fairseq-preprocess folder with a joined dictionary. Steady state: both have seen every batch shape before
-the clock starts. Results go to scripts/results/train.json and train.png: milliseconds an update, target words a
-second, peak GPU memory, and the ratio to stock fairseq. With --profile the milliseconds by class of kernel instead,
-and those in which none runs: scripts/results/train_profile.json and train_profile.png. The table that is printed at the
-end is README.md's.
+DATA_BIN is a fairseq-preprocess folder with a joined dictionary; for gpt2-* and roberta-* cases one of texts
+(--only-source), which come in blocks of 512 tokens. Steady state: both have seen every batch shape before the clock
+starts. Results go to scripts/results/train.json and train.png: milliseconds an update, target words a second, peak GPU
+memory, and the ratio to stock fairseq. With --profile the milliseconds by class of kernel instead, and those in which
+none runs: scripts/results/train_profile.json and train_profile.png. The table printed at the end is README.md's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ import step_profile  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "results"
-ARCHITECTURES = {"base": "transformer_wmt_en_de", "big": "transformer_wmt_en_de_big"}
+_TRANSLATION = ["--task", "translation", "--share-all-embeddings", "--label-smoothing", "0.1"]
+_TEXTS = ["--tokens-per-sample", "512", "--sample-break-mode", "none"]
+ARCHITECTURES = {
+    "base": ("transformer_wmt_en_de", "label_smoothed_cross_entropy", _TRANSLATION),
+    "big": ("transformer_wmt_en_de_big", "label_smoothed_cross_entropy", _TRANSLATION),
+    "gpt2": ("transformer_lm_gpt2_small", "cross_entropy", ["--task", "language_modeling", *_TEXTS]),
+    "roberta": ("roberta_base", "masked_lm", ["--task", "masked_lm", *_TEXTS]),
+}
+"""Sizes of the cases: architecture and criterion by fairseq's names, and what else they need."""
 CONTENDERS = ("fairseq", "lightseq")
 OURS = ("lightseq", "lightseq-fp8")
 
@@ -44,9 +52,9 @@ def training_arguments(contender: str, case: str, data: str, dtype: str) -> list
     """The command line of one contender; only the three names differ, and for lightseq-fp8 the option --ls-fp8."""
     size, max_tokens = case.split("-")
     prefix = "ls_" if contender in OURS else ""
+    arch, criterion, options = ARCHITECTURES[size]
     precision = {"fp16": ["--fp16"], "bf16": ["--bf16"], "fp32": []}[dtype]
-    return [data, "--task", "translation", "--arch", prefix + ARCHITECTURES[size], "--share-all-embeddings",
-            "--dropout", "0.1", "--criterion", prefix + "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
+    return [data, "--arch", prefix + arch, *options, "--dropout", "0.1", "--criterion", prefix + criterion,
             "--optimizer", prefix + "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4",
             "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "4000", "--clip-norm", "0.0",
             "--max-tokens", max_tokens, "--fp16-init-scale", "128", "--no-progress-bar", "--num-workers", "0",

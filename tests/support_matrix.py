@@ -109,8 +109,6 @@ class Fairseq:
     flags: tuple[str, ...]
     task: str = "translation"
     data: str = "data_bin"
-    whole_steps: bool = False
-    """On a GPU an update of lightseq-train is one graph."""
 
 
 def run_training(place: Place, family: Fairseq, prefix: str, command: Callable[[], None]) -> Stock:
@@ -136,7 +134,7 @@ def trains(family: Fairseq, place: Place) -> None:
     stock = place.stock(family)
     with mock.patch.object(LSTrainer, "_build_step", autospec=True, side_effect=LSTrainer._build_step) as built:
         ours = run_training(place, family, "ls_", train.main)
-    assert built.called == family.whole_steps
+    assert built.called
     assert len(ours.logs) == UPDATES
     for found, expected in zip(ours.logs, stock.logs, strict=True):
         assert found == pytest.approx(expected, rel=tolerances.LOSS_CURVE["rtol"])
@@ -384,12 +382,11 @@ ABILITIES = {
 """Columns and their heads."""
 
 FAIRSEQ = {
-    "transformer": ("Transformer", Fairseq("transformer", "label_smoothed_cross_entropy", tuple(SIZES),
-                                           whole_steps=True)),
+    "transformer": ("Transformer", Fairseq("transformer", "label_smoothed_cross_entropy", tuple(SIZES))),
     "bart": ("BART", Fairseq("bart_base", "label_smoothed_cross_entropy", tuple(test_ls_bart.SMALL),
-                             data="joined_data_bin", whole_steps=True)),
+                             data="joined_data_bin")),
     "mbart": ("mBART", Fairseq("mbart_base", "label_smoothed_cross_entropy", tuple(test_ls_bart.SMALL),
-                               data="joined_data_bin", whole_steps=True)),
+                               data="joined_data_bin")),
     "transformer_lm": ("language models", Fairseq(
         "transformer_lm_gpt2_small", "cross_entropy",
         (*test_ls_transformer_lm.SMALL, "--tokens-per-sample", "30", "--sample-break-mode", "eos"),
@@ -429,7 +426,7 @@ def fairseq_row(label: str, family: Fairseq) -> Row:
     def runs(load: Callable[..., Any], *where: str) -> Callable[[Place], None]:
         return lambda place: infer(family, place, functools.partial(load, family, place, *where))
 
-    cells = {"train": Cell("one graph an update" if family.whole_steps else "yes", functools.partial(trains, family)),
+    cells = {"train": Cell("one graph an update", functools.partial(trains, family)),
              "protobuf": Cell("yes", runs(from_file, ".pb")), "hdf5": Cell("yes", runs(from_file, ".hdf5")),
              "generate": Cell("yes", functools.partial(prints_lines, family)),
              "python": Cell(f"`{cls}`", runs(from_checkpoint))}

@@ -79,4 +79,5 @@ class LSLabelSmoothedCrossEntropyCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.ignore_prefix_size > 0:
             position = torch.arange(targets.size(1), device=targets.device)
             targets = targets.masked_fill(position < self.ignore_prefix_size, self.padding_idx)
-        return logits, targets[sample["net_input"]["prev_output_tokens"] != self.padding_idx]  # (B, T) -> (N,)
+        fed = sample["net_input"].get("prev_output_tokens", sample["net_input"]["src_tokens"])
+        return logits, targets[fed != self.padding_idx]  # (B, T) -> (N,)

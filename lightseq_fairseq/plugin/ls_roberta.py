@@ -24,7 +24,12 @@ from lightseq_fairseq import ops
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.linear import linear
 from lightseq_fairseq.plugin.ls_bart import initialise
-from lightseq_fairseq.plugin.ls_transformer import LSTransformerEncoder, layer_config, refuse_unsupported
+from lightseq_fairseq.plugin.ls_transformer import (
+    LSTransformerEncoder,
+    layer_config,
+    neighbours_of,
+    refuse_unsupported,
+)
 
 _PRUNING = {"mha_reg_scale_factor": 0.0, "ffn_reg_scale_factor": 0.0, "mha_heads_to_keep": -1,
             "ffn_blocks_to_remove": -1}
@@ -103,6 +108,24 @@ class LSRobertaModel(RobertaModel):
                 args.tokens_per_sample = task.max_positions()
             args.max_positions = args.tokens_per_sample
         return cls(args, LSRobertaEncoder(args, task.source_dictionary))
+
+    known_forward = RobertaModel.forward
+    """What a subclass replaces that computes something of its own."""
+
+    def forward_packed(self, source_tokens: Tensor, source_packing: Packing, masked_rows: Tensor,
+                       packing: Packing) -> Tensor:
+        """Packed tokens (N,) and rows (M,) of the masked ones, int64 -> logits (M, V)."""
+        x = self.encoder.sentence_encoder.encode(source_tokens, source_packing)
+        return self.encoder.lm_head(x.index_select(0, masked_rows))
+
+    @property
+    def stacks(self) -> list[Any]:
+        """The encoder."""
+        return [self.encoder.sentence_encoder]
+
+    def neighbouring_parameters(self) -> list[list[Tensor]]:
+        """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
+        return neighbours_of(self.encoder.sentence_encoder.layers)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
         """nn.Module's; BERT's initialisation knows our modules as it does fairseq's, so that one seed gives one

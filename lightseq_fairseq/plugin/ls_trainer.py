@@ -23,13 +23,23 @@ from fairseq.trainer import Trainer
 from lightseq_fairseq.layers.fp8 import DelayedScaling
 from lightseq_fairseq.plugin.balanced_shards import BalancedShards
 from lightseq_fairseq.plugin.flat_storage import FlatStorage
+from lightseq_fairseq.plugin.ls_cross_entropy import LSCrossEntropyCriterion
 from lightseq_fairseq.plugin.ls_label_smoothed_cross_entropy import LSLabelSmoothedCrossEntropyCriterion
+from lightseq_fairseq.plugin.ls_masked_lm import LSMaskedLmLoss
+from lightseq_fairseq.plugin.ls_roberta import LSRobertaModel
 from lightseq_fairseq.plugin.ls_transformer import PackedTransformer
+from lightseq_fairseq.plugin.ls_transformer_lm import LSTransformerLanguageModel
 from lightseq_fairseq.plugin.packed_batch import PACKED, PackedBatch, PackingCollater
 from lightseq_fairseq.plugin.pair_collater import PairCollater
 from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeStep
 
 logger = logging.getLogger(__name__)
+
+_EVERY_TOKEN = {"ls_label_smoothed_cross_entropy": LSLabelSmoothedCrossEntropyCriterion,
+         "ls_cross_entropy": LSCrossEntropyCriterion}
+_SERVED: dict[type, dict[str, type]] = {PackedTransformer: _EVERY_TOKEN, LSTransformerLanguageModel: _EVERY_TOKEN,
+                                        LSRobertaModel: {"ls_masked_lm": LSMaskedLmLoss}}
+"""Models whose updates can be one graph, and the criteria with which they can."""
 
 
 class _Loop(NamedTuple):
@@ -69,14 +79,15 @@ class LSTrainer(Trainer):
     def obstacle(self) -> str | None:
         """Why this run's steps cannot be captured, or None."""
         cfg, model, criterion, task = self.cfg, self.get_model(), self.get_criterion(), type(self.task)
-        ours = isinstance(model, PackedTransformer)
-        configs = [model.encoder.config, model.decoder.config] if ours else []
+        criteria = next((served for kind, served in _SERVED.items() if isinstance(model, kind)), {})
+        ours = bool(criteria)
+        configs = [stack.config for stack in model.stacks] if ours else []
         obstacles = {
             f"the device is {self.device.type}": self.device.type not in self.whole_step_devices,
-            "the model is neither ls_transformer nor ls_bart": not ours,
+            "the model is neither ls_transformer, ls_bart, ls_transformer_lm nor ls_roberta": not ours,
             "the model has a forward of its own": ours and type(model).forward is not type(model).known_forward,
-            "the criterion is not ls_label_smoothed_cross_entropy":
-                getattr(type(criterion), "forward", None) is not LSLabelSmoothedCrossEntropyCriterion.forward,
+            f"the criterion is not {' or '.join(criteria)}":
+                getattr(type(criterion), "forward", None) not in [kind.forward for kind in criteria.values()],
             "the task makes steps of its own": (task.train_step is not FairseqTask.train_step
                                                 or task.optimizer_step is not FairseqTask.optimizer_step),
             "the optimizer is not ls_adam": getattr(cfg.optimizer, "_name", None) != "ls_adam",
@@ -129,9 +140,9 @@ class LSTrainer(Trainer):
         criterion, group = self.get_criterion(), self.optimizer.optimizer.param_groups[0]
         world = self.data_parallel_world_size
         config = StepConfig(
-            epsilon=criterion.eps, pad=criterion.padding_idx, max_norm=self.cfg.optimization.clip_norm,
-            report_accuracy=criterion.report_accuracy, beta1=group["betas"][0], beta2=group["betas"][1],
-            eps=group["eps"], weight_decay=group["weight_decay"],
+            epsilon=getattr(criterion, "eps", 0.0), pad=criterion.padding_idx,
+            max_norm=self.cfg.optimization.clip_norm, report_accuracy=getattr(criterion, "report_accuracy", False),
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
             group=self.data_parallel_process_group if world > 1 else None, world_size=world)
         model = self.get_model()
         storage = FlatStorage(self.optimizer, model.neighbouring_parameters())
@@ -243,11 +254,18 @@ class LSTrainer(Trainer):
         if dummy:
             return batch.uncounted(criterion.padding_idx), (0.0, 0.0, 0.0)
         ntokens, nsentences = float(sample["ntokens"]), float(sample["nsentences"])
+        if self._masks:
+            return batch, (float(batch.real.target), ntokens, nsentences)
         return batch, (nsentences if criterion.sentence_avg else ntokens, ntokens, nsentences)
+
+    @property
+    def _masks(self) -> bool:
+        """Whether only masked tokens are predicted."""
+        return isinstance(self.get_criterion(), LSMaskedLmLoss)
 
     def _packer(self, collate: Any = None) -> PackingCollater:
         criterion = self.get_criterion()
-        return PackingCollater(collate, criterion.padding_idx, criterion.ignore_prefix_size)
+        return PackingCollater(collate, criterion.padding_idx, getattr(criterion, "ignore_prefix_size", 0), self._masks)
 
     def _finish_previous(self) -> Any:
         """Take note of the update before the one just launched."""
@@ -272,9 +290,12 @@ class LSTrainer(Trainer):
             self.consolidate_optimizer()
             self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
             raise
-        output = {"loss": result.loss, "nll_loss": result.nll_loss, "ntokens": int(result.ntokens),
-                  "nsentences": int(result.nsentences), "sample_size": result.sample_size}
-        if self.get_criterion().report_accuracy:
+        output = {"loss": result.loss, "ntokens": int(result.ntokens), "nsentences": int(result.nsentences),
+                  "sample_size": result.sample_size}
+        criterion = self.get_criterion()
+        if isinstance(criterion, LSLabelSmoothedCrossEntropyCriterion):
+            output["nll_loss"] = result.nll_loss
+        if getattr(criterion, "report_accuracy", False):
             output.update(n_correct=torch.tensor(result.correct), total=torch.tensor(result.total))
         return self._reduce_and_log_stats([output], result.sample_size, torch.tensor(result.norm))
 

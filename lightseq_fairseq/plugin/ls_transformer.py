@@ -6,6 +6,7 @@ Options, defaults, architectures, parameter names and order, initialisation and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -277,6 +278,16 @@ class LSTransformerDecoder(_UpgradesCheckpoints, TransformerDecoder, FairseqIncr
         return super().upgrade_state_dict_named(state_dict, name)
 
 
+def neighbours_of(*stacks: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """Parameters that one GEMM uses together where they are adjacent in memory, in its order: q, k and v of each layer
+    of ``stacks``, and k and v of all cross-attention."""
+    layers: list[Any] = [layer for stack in stacks for layer in stack]
+    groups = [[layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj] for layer in layers]
+    cross = [attention for layer in layers if (attention := getattr(layer, "encoder_attn", None)) is not None]
+    groups.append([projection for a in cross for projection in (a.k_proj, a.v_proj)])
+    return [[getattr(projection, part) for projection in group] for group in groups for part in ("weight", "bias")]
+
+
 class PackedTransformer:
     """Our encoder and decoder in one of fairseq's encoder-decoder models, in front of it among the base classes."""
 
@@ -339,13 +350,14 @@ class PackedTransformer:
             raise ValueError("--ls-fp8 multiplies in 8 bits in lightseq-train and lightseq-hydra-train alone: train "
                              "with one of them, or leave it out")
 
+    @property
+    def stacks(self) -> list[Any]:
+        """Encoder and decoder."""
+        return [self.encoder, self.decoder]
+
     def neighbouring_parameters(self) -> list[list[Tensor]]:
         """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
-        groups = [[a.q_proj, a.k_proj, a.v_proj]
-                  for layer in (*self.encoder.layers, *self.decoder.layers) for a in (layer.self_attn,)]
-        cross = [layer.encoder_attn for layer in self.decoder.layers if layer.encoder_attn is not None]
-        groups.append([projection for a in cross for projection in (a.k_proj, a.v_proj)])
-        return [[getattr(projection, part) for projection in group] for group in groups for part in ("weight", "bias")]
+        return neighbours_of(self.encoder.layers, self.decoder.layers)
 
 
 @register_model("ls_transformer")

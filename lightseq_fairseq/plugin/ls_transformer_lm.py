@@ -20,7 +20,12 @@ from torch import Tensor
 
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.embedding import token_embedding
-from lightseq_fairseq.plugin.ls_transformer import LSTransformerDecoder, layer_config, refuse_unsupported
+from lightseq_fairseq.plugin.ls_transformer import (
+    LSTransformerDecoder,
+    layer_config,
+    neighbours_of,
+    refuse_unsupported,
+)
 
 
 @register_model("ls_transformer_lm", dataclass=TransformerLanguageModelConfig)
@@ -58,8 +63,25 @@ class LSTransformerLanguageModel(TransformerLanguageModel):
         if not packed_output:
             return super().forward(src_tokens, **kwargs)
         packing = Packing.of(src_tokens, self.decoder.padding_idx)
-        x, _ = self.decoder.decode(packing.pack(src_tokens), packing)
-        return self.decoder.output_layer(x), {}
+        return self.forward_packed(None, None, packing.pack(src_tokens), packing), {}
+
+    known_forward = forward
+    """What a subclass replaces that computes something of its own."""
+
+    def forward_packed(self, source_tokens: Tensor | None, source_packing: Packing | None, previous_tokens: Tensor,
+                       packing: Packing) -> Tensor:
+        """Packed previous tokens (N,) int64 -> logits (N, V); a language model has no source."""
+        x, _ = self.decoder.decode(previous_tokens, packing)
+        return self.decoder.output_layer(x)
+
+    @property
+    def stacks(self) -> list[Any]:
+        """The decoder."""
+        return [self.decoder]
+
+    def neighbouring_parameters(self) -> list[list[Tensor]]:
+        """Parameters that one GEMM uses together where they are adjacent in memory, in its order."""
+        return neighbours_of(self.decoder.layers)
 
 
 for _architecture in ("_big", "_gpt", *(f"_gpt2_{size}" for size in

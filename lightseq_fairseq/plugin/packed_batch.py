@@ -3,6 +3,11 @@
 A whole-step graph is recorded for each bucket (numbers of source and target tokens, of sentences, longest length), so
 buckets are coarse enough that some tens of them serve an epoch. What a bucket has too much of is filled with sentences
 of padding whose targets count nothing; they cost their tokens and change no result.
+
+    batches of      source              target
+    translation     source tokens       target tokens, the previous ones being read and they themselves predicted
+    a text          nothing             its tokens, the previous ones being read
+    a masked text   its tokens          masked tokens; in place of previous ones their rows among the source's
 """
 
 from __future__ import annotations
@@ -33,6 +38,8 @@ class Bucket(NamedTuple):
     """Sentences, those of padding and empty ones included."""
     width: int
     """Upper bound of the sentences' lengths."""
+    crosses: bool = True
+    """Whether targets attend to the source of their sentence."""
 
     @property
     def words(self) -> int:
@@ -87,23 +94,34 @@ class PackedBatch:
     """What of the bucket is no padding."""
 
     @classmethod
-    def of(cls, sample: dict[str, Any], pad: int, ignore_prefix_size: int = 0) -> PackedBatch:
-        """Pack a collated translation batch that is still on the CPU.
+    def of(cls, sample: dict[str, Any], pad: int, ignore_prefix_size: int = 0, masked: bool = False) -> PackedBatch:
+        """Pack a collated batch that is still on the CPU: of a translation task, or of texts where nothing is said of
+        previous output tokens, which are ``masked`` or continued.
 
         The first ``ignore_prefix_size`` targets of each sentence do not count.
         """
-        source = sample["net_input"]["src_tokens"]
-        previous, target = sample["net_input"]["prev_output_tokens"], sample["target"]
-        source_packing, target_packing = Packing.of(source, pad), Packing.of(previous, pad)
-        targets = target_packing.pack(target)
-        if ignore_prefix_size > 0:
-            targets = targets.masked_fill(target_packing.positions < ignore_prefix_size, pad)
-        longest = max(int(packing.cu_seqlens.diff().max()) for packing in (source_packing, target_packing))
-        real = Bucket(source_packing.positions.numel(), targets.numel(), source_packing.batch, longest)
-        return cls._in_bucket(_smallest_bucket(real), real, pad, BatchViews(
-            source_packing.pack(source), source_packing.positions, target_packing.pack(previous),
-            target_packing.positions, targets, source_packing.cu_seqlens, target_packing.cu_seqlens,
-            torch.zeros(CONTROLS)))
+        tokens, target = sample["net_input"]["src_tokens"], sample["target"]
+        previous = sample["net_input"].get("prev_output_tokens")
+        if masked:
+            packing = Packing.of(tokens, pad)
+            targets = packing.pack(target)
+            rows = (targets != pad).nonzero().squeeze(1)
+            ends = torch.searchsorted(rows, packing.cu_seqlens.long()).int()
+            parts = BatchViews(packing.pack(tokens), packing.positions, rows, packing.positions[rows], targets[rows],
+                               packing.cu_seqlens, ends, torch.zeros(CONTROLS))
+        else:
+            packing = Packing.of(tokens if previous is None else previous, pad)
+            targets = packing.pack(target)
+            if ignore_prefix_size > 0:
+                targets = targets.masked_fill(packing.positions < ignore_prefix_size, pad)
+            source = tokens if previous is not None else tokens.new_full((packing.batch, 1), pad)
+            source_packing = Packing.of(source, pad)
+            parts = BatchViews(source_packing.pack(source), source_packing.positions,
+                               packing.pack(tokens if previous is None else previous), packing.positions, targets,
+                               source_packing.cu_seqlens, packing.cu_seqlens, torch.zeros(CONTROLS))
+        longest = max(int(ends.diff().max()) for ends in (parts.cu_source, parts.cu_target))
+        real = Bucket(parts.source_tokens.numel(), parts.targets.numel(), packing.batch, longest, previous is not None)
+        return cls._in_bucket(_smallest_bucket(real), real, pad, parts)
 
     @classmethod
     def _in_bucket(cls, bucket: Bucket, real: Bucket, pad: int, parts: BatchViews) -> PackedBatch:
@@ -147,13 +165,14 @@ class PackingCollater:
     """Makes fairseq's sample of a list of examples; None where a sample is given."""
     pad: int
     ignore_prefix_size: int
+    masked: bool = False
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         """Examples, or fairseq's sample, -> a packed batch and what fairseq counts of it; an empty sample as it is."""
         sample = examples if self.collate is None else self.collate(examples)
         if not sample:
             return sample
-        batch = PackedBatch.of(sample, self.pad, self.ignore_prefix_size)
+        batch = PackedBatch.of(sample, self.pad, self.ignore_prefix_size, self.masked)
         return {"nsentences": sample["target"].size(0), "ntokens": sample["ntokens"],
                 PACKED: (batch.bucket, batch.buffer, batch.real)}
 
@@ -161,12 +180,12 @@ class PackingCollater:
 def padding_sentences(bucket: Bucket, real: Bucket) -> tuple[list[int], list[int]] | None:
     """Lengths of the source and target sides of sentences that fill ``bucket`` up; None where that cannot be.
 
-    Where such a sentence has a target it has a source too: attention over nothing is undefined.
+    Where such a sentence has a target it has a source too if targets attend to it: over nothing is undefined.
     """
     spare = bucket.source - real.source, bucket.target - real.target
     count = max(-(-n // bucket.width) for n in spare)
     if (min(spare) < 0 or real.width > bucket.width or real.sentences + count > bucket.sentences
-            or spare[0] < min(count, spare[1])):
+            or (bucket.crosses and spare[0] < min(count, spare[1]))):
         return None
     source, target = ([n // count + (i < n % count) for i in range(count)] if count else [] for n in spare)
     return source, target
@@ -175,8 +194,8 @@ def padding_sentences(bucket: Bucket, real: Bucket) -> tuple[list[int], list[int
 def _smallest_bucket(real: Bucket) -> Bucket:
     """Tokens to an eighth, the width to a half, sentences to a power of four: the latter two cost little."""
     width, source, sentences = round_up(real.width, 32, steps=2), round_up(real.source, 64), 64
-    target = round_up(real.target, 64)
-    while padding_sentences(bucket := Bucket(source, target, sentences, width), real) is None:
+    target = round_up(max(real.target, 1), 64)
+    while padding_sentences(bucket := Bucket(source, target, sentences, width, real.crosses), real) is None:
         if sentences < real.sentences + max(source - real.source, target - real.target) // width + 1:
             sentences *= 4
         else:

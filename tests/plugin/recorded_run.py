@@ -38,6 +38,7 @@ class Run:
     clipped by fairseq, the ``trainer`` as it ended and the ``state`` of its model on the CPU."""
 
     recipe = RECIPE
+    parse = staticmethod(training_args)
 
     def __init__(self, data: Path, save_dir: Path, monkeypatch, device: torch.device, trainer_class: type,
                  *flags: str) -> None:
@@ -58,7 +59,7 @@ class Run:
                 run.norms.append(float(norm))
                 return norm
 
-        args = training_args(data, *self.recipe, *flags, "--save-dir", str(save_dir))
+        args = self.parse(data, *self.recipe, *flags, "--save-dir", str(save_dir))
         args.cpu, args.distributed_world_size = device.type == "cpu", 1
         with monkeypatch.context() as patch:
             patch.setattr(LSTrainer, "whole_step_devices", ("cpu", "cuda"))

@@ -55,8 +55,8 @@ def test_every_token_is_there_in_its_sentence(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_larger_bucket_holds_the_same(case):
     batch = PackedBatch.of(collated(*CASES[case]), PAD)
-    tokens, _, sentences, width = batch.bucket
-    larger = Bucket(tokens + 448, batch.bucket.target + 128, sentences, 2 * width)
+    own = batch.bucket
+    larger = own._replace(source=own.source + 448, target=own.target + 128, width=2 * own.width)
     moved = batch.moved(larger, PAD)
     assert moved.bucket == larger and moved.real == batch.real
     old, new = batch.bucket.views(batch.buffer), larger.views(moved.buffer)
