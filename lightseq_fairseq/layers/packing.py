@@ -98,9 +98,9 @@ class Packing:
         ``torch.cat((a, b)).index_select(0, order)`` joins packed ``a`` and ``b``.
         """
         first, second = self.cu_seqlens.diff().long(), other.cu_seqlens.diff().long()
-        count = int(self.positions.numel())
-        sentence = torch.cat((torch.repeat_interleave(first), torch.repeat_interleave(second)))
-        place = torch.cat((self.positions, other.positions + first[sentence[count:]]))
+        sentence = torch.cat((torch.repeat_interleave(first, output_size=self.count),  # nothing is asked of a GPU
+                              torch.repeat_interleave(second, output_size=other.count)))
+        place = torch.cat((self.positions, other.positions + first[sentence[self.count:]]))
         width = self.width + other.width
         order = torch.argsort(sentence * (width + 1) + place)
         slots = (sentence * width + place)[order]

@@ -36,7 +36,7 @@ from lightseq_fairseq.plugin.whole_step import Rates, Result, StepConfig, WholeS
 logger = logging.getLogger(__name__)
 
 _EVERY_TOKEN = {"ls_label_smoothed_cross_entropy": LSLabelSmoothedCrossEntropyCriterion,
-         "ls_cross_entropy": LSCrossEntropyCriterion}
+                "ls_cross_entropy": LSCrossEntropyCriterion}
 _SERVED: dict[type, dict[str, type]] = {PackedTransformer: _EVERY_TOKEN, LSTransformerLanguageModel: _EVERY_TOKEN,
                                         LSRobertaModel: {"ls_masked_lm": LSMaskedLmLoss}}
 """Models whose updates can be one graph, and the criteria with which they can."""

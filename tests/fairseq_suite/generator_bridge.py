@@ -68,10 +68,8 @@ def strategy_options(strategy: Any) -> dict[str, Any]:
 class Bridge:
     """A SequenceModel: the fairseq model on one batch, asked for everything again at each step."""
 
-    device = torch.device("cpu")
-
     def __init__(self, model: Any, net_input: dict[str, Tensor], dictionary: Any) -> None:
-        self.model = model
+        self.model, self.device = model, net_input["src_tokens"].device
         self.net_input = {name: value for name, value in net_input.items() if name != "prev_output_tokens"}
         self.config = TransformerConfig(
             src_vocab_size=1, tgt_vocab_size=len(dictionary), max_target_positions=model.max_decoder_positions(),
@@ -79,7 +77,7 @@ class Bridge:
 
     def encode(self, src_tokens: list[Tensor], beam: int, max_steps: int) -> BridgeState:
         encoded = self.model.encoder.forward(**self.net_input)
-        each_beam = torch.arange(len(src_tokens)).repeat_interleave(beam)
+        each_beam = torch.arange(len(src_tokens), device=self.device).repeat_interleave(beam)
         return BridgeState(self.model, self.model.encoder.reorder_encoder_out(encoded, each_beam), beam,
                            self.net_input["src_tokens"].size(1))
 
@@ -109,5 +107,6 @@ class BridgeState:
         self.history = self.history.gather(1, parents[..., None].expand_as(self.history))
 
     def keep(self, sentences: Tensor) -> None:
-        rows = (sentences[:, None] * self.beam + torch.arange(self.beam)).flatten()
+        beams = torch.arange(self.beam, device=sentences.device)
+        rows = (sentences[:, None] * self.beam + beams).flatten()
         self.history, self.encoded = self.history[sentences], self.model.encoder.reorder_encoder_out(self.encoded, rows)
