@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads) self_block(const Past<T> past, const
   }
   Softmax softmax;
   const int k = threadIdx.x / (WARPS * kWarp);
-  if (decode_attention::attend_to_past<LANES, WARPS>(softmax, pieces, past, head.head, blockIdx.y, k,
-                                                     k < head.beams)) {
+  if (decode_attention::attend_to_past<LANES, WARPS, true>(softmax, pieces, past, head.head, blockIdx.y, k,
+                                                           k < head.beams)) {
     head.tell(softmax, k, threadIdx.x % LANES * kOctet);
   }
   await_copies<0>();
@@ -218,7 +218,8 @@ __global__ void __launch_bounds__(kThreads)
   fetch(0);
   cluster_sync();  // all blocks of the cluster are there, and so is their shared memory
   wait_for_previous();
-  decode_linear::copy_rows<kRows, kWarps>(x, head.stride, a.residual + head.first_row * width, width, head.width, beams);
+  decode_linear::copy_rows<kRows, kWarps>(x, head.stride, a.residual + head.first_row * width, width, head.width,
+                                          beams);
   commit_copies();
   decode_linear::row_statistics<T, typename Own::Shape>(head.statistics, head.operands(a), head.width, head.first_row,
                                                         beams);
@@ -286,7 +287,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int D>
 constexpr int self_bytes(int width) {
-  return Head<__half, D>::bytes(width) + kRows * D * 2 + kWarps * Head<__half, D>::LANES * static_cast<int>(sizeof(Piece));
+  return Head<__half, D>::bytes(width) + kRows * D * 2 +
+         kWarps * Head<__half, D>::LANES * static_cast<int>(sizeof(Piece));
 }
 
 template <int D>

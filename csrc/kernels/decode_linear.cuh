@@ -165,8 +165,8 @@ __device__ __forceinline__ void row_statistics(float2* statistics, const Operand
   }
 }
 
-// What a warp has of x (BM, chunk) times weight (BN, chunk) transposed, both in shared memory, rows `stride` apart; then
-// of all warps to `results` (WK, BM, kStride).
+// What a warp has of x (BM, chunk) times weight (BN, chunk) transposed, both in shared memory, rows `stride` apart;
+// then of all warps to `results` (WK, BM, kStride).
 template <typename T, class Shape>
 struct Products {
   static constexpr int kRowTiles = Shape::kRowTiles, kColumnTiles = Shape::kColumnTiles;

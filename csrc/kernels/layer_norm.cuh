@@ -19,6 +19,7 @@ namespace layer_norm {
 constexpr int kRowWarps = 16;        // that have a row, at most
 constexpr int kForwardWarps = 4;     // of a block, or those of one row
 constexpr int kForwardWidth = 8192;  // the widest row of the fast path
+constexpr long kFewRows = 512;       // that take more warps each in 16 bits; fp32 shall not depend on the batch
 constexpr int kBackwardWarps = 24;   // of a block at most
 constexpr int kBackwardOctets = 1;   // of a row that a thread has
 constexpr int kBackwardWidth = kRowWarps * kWarp * kBackwardOctets * kOctet;
@@ -427,6 +428,11 @@ void forward(T* y, float* mean, float* rstd, const Step& step, bool octets, Para
                  ceil_div(rows, kThreads / kWarp / ROW_WARPS), kThreads, stream, y, mean, rstd, step, weight, bias,
                  rows, columns, eps);
   };
+  if (sizeof(T) == 2 && octets && rows <= kFewRows && columns > 2 * kWarp * kOctet &&
+      columns <= kRowWarps * kWarp * kOctet) {
+    return dispatch_row_warps(row_warps(columns, 1),
+                              [&](auto of_a_row) { warps(of_a_row, std::integral_constant<int, 1>{}); });
+  }
   if (octets && columns <= 2 * kWarp * kOctet) {
     return warps(std::integral_constant<int, 1>{}, std::integral_constant<int, 2>{});
   }

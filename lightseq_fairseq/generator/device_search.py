@@ -34,6 +34,7 @@ from lightseq_fairseq.layers import Packing, decode_step
 from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.decode_step import DecodeStep
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
+from lightseq_fairseq.layers.packing import round_up
 from lightseq_fairseq.ops.beam_step import MAX_BEAM, MAX_TILES, TILE
 
 _STEPS_AHEAD = 2
@@ -44,8 +45,8 @@ _MOST_PLANS = 16
 _MOST_CACHE_BYTES = 16 << 30
 """Keys and values of all shapes remembered, on a GPU at most a quarter of its memory; what alone needs more is decoded
 step by step, where the cache grows with the sentences."""
-
-
+_FEW_TOKENS = 2048
+"""Source tokens up to which an encoder takes little time, and one shape for twice as many is worth that."""
 _LEAST_SLOTS, _MOST_SLOTS = 8, 767
 """Sentences decoded together by :class:`Refill`: one more makes up the batch. More gain little (10 000 sentences, base,
 on an H200: 11 400 a second in 511 slots, 15 000 in 767, 15 300 in 1023)."""
@@ -63,11 +64,12 @@ class _Shape(NamedTuple):
 
     @classmethod
     def around(cls, lengths: Sequence[int], beam: int, steps: int, kind: Kind) -> _Shape:
-        """Batches of 1, 2, 3, 4, 6, 8, 12...; powers of two of the others. ``lengths`` are those of the sources."""
-        power = _power_of_two(len(lengths), 1)
+        """Batches of 1, 2, 3, 4, 6, 8, 12...; powers of two of the others, and eighths between them of many source
+        tokens, whose number is the encoder's work. ``lengths`` are those of the sources."""
+        power, tokens = _power_of_two(len(lengths), 1), sum(lengths)
         batch = power * 3 // 4 if len(lengths) <= power * 3 // 4 else power
-        width = _power_of_two(max(lengths), 32)
-        return cls(batch, beam, _power_of_two(steps, 32), _power_of_two(sum(lengths), 64), width, kind)
+        tokens = _power_of_two(tokens, 64) if tokens <= _FEW_TOKENS else round_up(tokens, 64)
+        return cls(batch, beam, _power_of_two(steps, 32), tokens, _power_of_two(max(lengths), 32), kind)
 
 
 def _most_positions(config: TransformerConfig) -> int:

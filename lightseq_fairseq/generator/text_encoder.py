@@ -22,6 +22,7 @@ from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers.capture import captured
 from lightseq_fairseq.layers.compiled import CompiledEncoder
 from lightseq_fairseq.layers.inference import InferenceEncoder
+from lightseq_fairseq.layers.packing import round_up
 from lightseq_fairseq.model_file import ModelFile
 from lightseq_fairseq.ops import InferenceLinear, _extension
 
@@ -158,9 +159,7 @@ class _Bucket(NamedTuple):
     @classmethod
     def around(cls, tokens: int, batch: int, width: int) -> _Bucket:
         """Powers of two; of tokens, whose number is the work, eighths between them too."""
-        power = max(_LEAST_TOKENS, 1 << max(tokens - 1, 0).bit_length())
-        step = max(_LEAST_TOKENS, power // 16)
-        return cls(max(step, -(-tokens // step) * step), 1 << (batch - 1).bit_length(),
+        return cls(round_up(tokens, _LEAST_TOKENS), 1 << (batch - 1).bit_length(),
                    max(_LEAST_WIDTH, 1 << (width - 1).bit_length()))
 
 

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def round_up(count: int, least: int, steps: int = 8) -> int:
+    """The next size of at most a ``steps``-th more, a multiple of ``least``."""
+    step = max(least, 1 << max(count.bit_length() - steps.bit_length(), 0))
+    return -(-count // step) * step
+
+
 @dataclass(frozen=True)
 class Packing:
     """The layout of one packed batch."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightseq_fairseq.layers import Packing
+from lightseq_fairseq.layers.packing import round_up
 
 PACKED = "packed"
 """Key of a sample's (bucket, buffer)."""
@@ -75,12 +76,6 @@ class BatchViews(NamedTuple):
         """Of source and target; without rows, as nothing here was ever padded."""
         return (Packing(None, self.cu_source, self.source_positions, bucket.sentences, bucket.width),
                 Packing(None, self.cu_target, self.target_positions, bucket.sentences, bucket.width))
-
-
-def round_up(count: int, least: int, steps: int = 8) -> int:
-    """The next size of at most a ``steps``-th more, a multiple of ``least``."""
-    step = max(least, 1 << max(count.bit_length() - steps.bit_length(), 0))
-    return -(-count // step) * step
 
 
 @dataclass(frozen=True)

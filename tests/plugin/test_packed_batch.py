@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch, padding_sentences, round_up
+from lightseq_fairseq.layers.packing import round_up
+from lightseq_fairseq.plugin.packed_batch import Bucket, PackedBatch, padding_sentences
 
 PAD = 1
 
