@@ -295,6 +295,30 @@ def resume_with_the_batches_of_the_first_epoch() -> None:
     FairseqTask.get_batch_iterator = get_batch_iterator
 
 
+def resume_at_the_scale_of_amp() -> None:
+    """A run with ``--amp`` that is resumed skips updates again, which it had skipped when it began.
+
+    fairseq's checkpoints hold the loss scale of ``--fp16``, but not that of ``--amp``, which begins anew. Stock fairseq
+    reads such checkpoints as it reads its own.
+    """
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+
+    stock_save, stock_load = AMPOptimizer.state_dict, AMPOptimizer.load_state_dict
+
+    @functools.wraps(stock_save)
+    def state_dict(self):
+        return {**stock_save(self), "grad_scaler": self.scaler.state_dict()}
+
+    @functools.wraps(stock_load)
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        scaler = state_dict.get("grad_scaler")
+        if scaler:  # empty where nothing is scaled
+            self.scaler.load_state_dict(scaler)
+        stock_load(self, {key: value for key, value in state_dict.items() if key != "grad_scaler"}, optimizer_overrides)
+
+    AMPOptimizer.state_dict, AMPOptimizer.load_state_dict = state_dict, load_state_dict
+
+
 REPAIRS = (
     allow_checkpoint_types,
     restore_numpy_names,
@@ -305,6 +329,7 @@ REPAIRS = (
     keep_encoder_layers_off_the_fast_path,
     end_prefetching_before_exit,
     resume_with_the_batches_of_the_first_epoch,
+    resume_at_the_scale_of_amp,
 )
 
 

@@ -145,6 +145,36 @@ def factor_of_the_second_update() -> str:
     return str(scales)
 
 
+def scale_of_a_resumed_amp_run() -> str:
+    """It was 4096 at first and 512 when the run was saved."""
+    from fairseq.optim import FairseqOptimizer
+    from fairseq.optim.amp_optimizer import AMPOptimizer
+    from omegaconf import OmegaConf
+
+    class Wrapper(FairseqOptimizer):
+        def __init__(self, params):
+            super().__init__(None)
+            self._optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+    def begin():
+        params = [torch.nn.Parameter(torch.ones(2))]
+        cfg = OmegaConf.create({"optimizer": None, "common": {"fp16_init_scale": 4096, "min_loss_scale": 1e-4}})
+        optimizer = AMPOptimizer(cfg, params, Wrapper(params))
+        optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=4096)  # fairseq's is off where there is no GPU
+        optimizer.backward(params[0].sum())
+        optimizer.step()
+        return optimizer
+
+    saved, resumed = begin(), begin()
+    saved.scaler.update(512.0)
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file))
+    assert len(resumed.optimizer.state) == 1
+    return str(resumed.scaler.get_scale())
+
+
 def batches_of(*, epoch: int, **flags: bool) -> list[list[int]]:
     """The batches that a process starting in ``epoch`` trains on."""
     from fairseq.data import Dictionary, LanguagePairDataset, ListDataset
@@ -179,6 +209,7 @@ SYMPTOMS = {
     tpu_under_memory_efficient_bf16: ("True", "False"),
     factor_of_the_second_update: ("[2.0, 4.0]", "[2.0, 2.0]"),
     resumed_batches: ("False", "True"),
+    scale_of_a_resumed_amp_run: ("4096.0", "512.0"),
 }
 UNCHANGED = {
     batches_that_change_by_epoch: "False",
