@@ -40,6 +40,9 @@ def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None
 
     They run twice: as they are, inside ``trial`` if given, so that what a first call sets up is no part of a graph;
     and captured, on this thread, backward passes too, which autograd would run on one of its own.
+
+    cuBLAS's workspace comes from the graphs' memory: that which torch keeps for a stream is freed by every capture of
+    torch.compile(mode="reduce-overhead"), and graphs would go on writing to it.
     """
     graphs = []
     stream = stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -53,6 +56,10 @@ def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None
             torch.cuda.empty_cache()  # the graphs' memory is their own
         for work in works:
             graphs.append(torch.cuda.CUDAGraph())
-            with capture(graphs[-1], stream, pool):
-                work()
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with capture(graphs[-1], stream, pool):
+                    work()
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
     return [graph.replay for graph in graphs]

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightseq_fairseq.layers.capture import capture, captured
 
@@ -87,3 +88,17 @@ def test_each_work_is_replayed_by_itself(stream, device):
         for replay in replays:
             replay()
         assert torch.equal(found, factors)
+
+
+def test_nobody_frees_what_a_graph_multiplies_in(stream, device):
+    """As torch.compile(mode="reduce-overhead") does, of which a generator beside it died with an illegal access."""
+    x, weight = (torch.randn(*size, device=device, dtype=torch.float16) / 64 for size in ((64, 4096), (1024, 4096)))
+    found = torch.empty(64, 1024, device=device, dtype=torch.float16)
+    bias = torch.zeros(1024, device=device, dtype=torch.float16)
+    replay, = captured(lambda: found.copy_(x @ weight.t() + F.linear(x, weight, bias)), stream=stream)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    others = [torch.zeros(1 << 22, device=device) for _ in range(64)]
+    replay()
+    torch.testing.assert_close(found, 2 * (x.double() @ weight.double().t()).half(), rtol=2e-3, atol=2e-3)
+    assert not any(other.any() for other in others)
