@@ -227,7 +227,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a row a case: milliseconds of Hugging Face, eager and at its best, and of ours; where it was measured."""
+    """Markdown, a row a case: milliseconds of Hugging Face, eager and at its best where measured, and of ours."""
     def digits(x: float | None) -> str:
         return "" if x is None else f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
 
