@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,10 +90,7 @@ class DeviceSearch:
         self.step = DecodeStep(model.decoder) if served else None  # type: ignore[arg-type]
         self.plans: OrderedDict[_Shape, _Plan] = OrderedDict()
         self.most_bytes = _MOST_CACHE_BYTES
-        self.pool: Any = None
-        """Of what plans need while they run, which is one after another."""
         if model.device.type == "cuda":
-            self.pool = torch.cuda.graph_pool_handle()
             self.most_bytes = min(self.most_bytes, torch.cuda.get_device_properties(model.device).total_memory // 4)
 
     def serves(self, options: GenerationOptions) -> bool:
@@ -171,7 +168,7 @@ class DeviceSearch:
             spare = self.most_bytes - self._cache_bytes(shape)
             while self.plans and (len(self.plans) >= _MOST_PLANS or sum(map(self._cache_bytes, self.plans)) > spare):
                 self.plans.popitem(last=False)
-            self.plans[shape] = _Plan(self.model.encoder, self.step, shape, self.pool)
+            self.plans[shape] = _Plan(self.model.encoder, self.step, shape)
         return self.plans[shape]
 
 
@@ -182,8 +179,7 @@ class _Plan:
     host, which is copied whole.
     """
 
-    def __init__(self, encoder: Callable[[Tensor, Packing], Tensor], step: DecodeStep, shape: _Shape,
-                 pool: Any) -> None:
+    def __init__(self, encoder: Callable[[Tensor, Packing], Tensor], step: DecodeStep, shape: _Shape) -> None:
         self.encoder, self.step, self.shape = encoder, step, shape
         batch, beam, steps, source_tokens, width, kind = shape
         device = step.device
@@ -200,7 +196,8 @@ class _Plan:
         if on_gpu:  # tried first: finished sentences change nothing
             self._fill([torch.full((1,), step.config.eos)], GenerationOptions(), None, [0])
             self.state.complete.fill_(beam)
-            self.begin, self.advance = captured(self._begin, self.state.advance, pool=pool)
+            self.begin, self.advance = captured(self._begin, self.state.advance,
+                                                pool=torch.cuda.graph_pool_handle())
 
     def run(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,
             max_lens: Sequence[int], draws: torch.Generator | None = None) -> list[Array]:
