@@ -104,6 +104,29 @@ def test_cross_attention(beam, dim, dtype, device):
         close(context[own], want, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [24, 64, 72, 128])
+@pytest.mark.parametrize(("sentences", "heads", "lengths"), [
+    (130, 8, [1, 0, 7, 33]), (20, 16, [300, 0, 1, 150, 70]), (70, 16, [100, 64, 0, 130]), (100, 16, [61, 129])],
+    ids=str)
+def test_cross_attention_of_many_heads(sentences, heads, lengths, dim, dtype, device):
+    """Heads of one beam are read side by side where there are many; three heads, as above, never were."""
+    lengths = (lengths * sentences)[:sentences]
+    draw = torch.Generator().manual_seed(sentences * dim)
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    keys_values = torch.randn(bounds[-1] + 3, 2, heads, dim, generator=draw).to(device, dtype)
+    keys_values[bounds[-1]:] = torch.nan
+    q = (torch.randn(sentences, heads * dim, generator=draw) * 3 * dim**-0.5).to(device, dtype)
+    context = decode_cross_attention(q, keys_values, torch.tensor(bounds, dtype=torch.int32, device=device), 1)
+    for own, first, last in zip(range(sentences), bounds, bounds[1:], strict=False):
+        if first == last:
+            assert not context[own].any()
+            continue
+        keys, values = keys_values[first:last].double().permute(1, 2, 0, 3)  # (H, S, D) each
+        want = F.scaled_dot_product_attention(q[own].double().view(heads, 1, dim), keys, values, scale=1.0)
+        close(context[own].view(heads, 1, dim), want, dtype)
+
+
 def test_large_scores(device):
     """exp(score) would overflow, its difference from the largest does not."""
     qkv = torch.full((2, 3, 1, 8), 40.0, device=device)
