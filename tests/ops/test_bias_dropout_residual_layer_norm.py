@@ -10,8 +10,8 @@ from lightseq_fairseq import ops
 from tests.ops.comparison import check_graph, check_misaligned, compare, run, saved_bytes
 from tests.ops.dropout_masks import multiplier, new_seed
 
-SHAPES = [(1, 3), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (600, 1000), (11, 2056),
-          (3, 8192), (6, 8200), (2, 16384)]
+SHAPES = [(1, 3), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (600, 1000),
+          (11, 2056), (3, 8192), (6, 8200), (2, 16384)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 USES = {"pre-LN": lambda out: out, "post-LN": lambda out: out[1], "sum alone": lambda out: out[0]}

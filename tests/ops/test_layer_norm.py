@@ -8,8 +8,8 @@ import torch
 from lightseq_fairseq import ops
 from tests.ops.comparison import check_graph, check_misaligned, compare, run, saved_bytes
 
-SHAPES = [(1, 3), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (600, 1000), (11, 2056),
-          (5, 4096), (3, 8192), (6, 8200), (2, 16384), (2, 16411)]
+SHAPES = [(1, 3), (3, 7), (2, 8), (5000, 40), (70, 264), (346, 512), (37, 520), (9, 1031), (300, 1024), (600, 1000),
+          (11, 2056), (5, 4096), (3, 8192), (6, 8200), (2, 16384), (2, 16411)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 
