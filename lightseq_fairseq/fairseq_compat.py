@@ -314,7 +314,7 @@ def resume_at_the_scale_of_amp() -> None:
         scaler = state_dict.get("grad_scaler")
         if scaler:  # empty where nothing is scaled
             self.scaler.load_state_dict(scaler)
-        stock_load(self, {key: value for key, value in state_dict.items() if key != "grad_scaler"}, optimizer_overrides)
+        stock_load(self, state_dict, optimizer_overrides)
 
     AMPOptimizer.state_dict, AMPOptimizer.load_state_dict = state_dict, load_state_dict
 

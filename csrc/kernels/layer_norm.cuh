@@ -428,10 +428,11 @@ void forward(T* y, float* mean, float* rstd, const Step& step, bool octets, Para
                  ceil_div(rows, kThreads / kWarp / ROW_WARPS), kThreads, stream, y, mean, rstd, step, weight, bias,
                  rows, columns, eps);
   };
-  if (sizeof(T) == 2 && octets && rows <= kFewRows && columns > 2 * kWarp * kOctet &&
-      columns <= kRowWarps * kWarp * kOctet) {
-    return dispatch_row_warps(row_warps(columns, 1),
-                              [&](auto of_a_row) { warps(of_a_row, std::integral_constant<int, 1>{}); });
+  if constexpr (sizeof(T) == 2) {
+    if (octets && rows <= kFewRows && columns > 2 * kWarp * kOctet && columns <= kRowWarps * kWarp * kOctet) {
+      return dispatch_row_warps(row_warps(columns, 1),
+                                [&](auto of_a_row) { warps(of_a_row, std::integral_constant<int, 1>{}); });
+    }
   }
   if (octets && columns <= 2 * kWarp * kOctet) {
     return warps(std::integral_constant<int, 1>{}, std::integral_constant<int, 2>{});

@@ -97,23 +97,22 @@ class PackedBatch:
         """
         tokens, target = sample["net_input"]["src_tokens"], sample["target"]
         previous = sample["net_input"].get("prev_output_tokens")
+        read = tokens if previous is None else previous
+        packing = Packing.of(read, pad)
+        targets = packing.pack(target)
         if masked:
-            packing = Packing.of(tokens, pad)
-            targets = packing.pack(target)
             rows = (targets != pad).nonzero().squeeze(1)
             ends = torch.searchsorted(rows, packing.cu_seqlens.long()).int()
-            parts = BatchViews(packing.pack(tokens), packing.positions, rows, packing.positions[rows], targets[rows],
+            parts = BatchViews(packing.pack(read), packing.positions, rows, packing.positions[rows], targets[rows],
                                packing.cu_seqlens, ends, torch.zeros(CONTROLS))
         else:
-            packing = Packing.of(tokens if previous is None else previous, pad)
-            targets = packing.pack(target)
             if ignore_prefix_size > 0:
                 targets = targets.masked_fill(packing.positions < ignore_prefix_size, pad)
             source = tokens if previous is not None else tokens.new_full((packing.batch, 1), pad)
             source_packing = Packing.of(source, pad)
             parts = BatchViews(source_packing.pack(source), source_packing.positions,
-                               packing.pack(tokens if previous is None else previous), packing.positions, targets,
-                               source_packing.cu_seqlens, packing.cu_seqlens, torch.zeros(CONTROLS))
+                               packing.pack(read), packing.positions, targets, source_packing.cu_seqlens,
+                               packing.cu_seqlens, torch.zeros(CONTROLS))
         longest = max(int(ends.diff().max()) for ends in (parts.cu_source, parts.cu_target))
         real = Bucket(parts.source_tokens.numel(), parts.targets.numel(), packing.batch, longest, previous is not None)
         return cls._in_bucket(_smallest_bucket(real), real, pad, parts)

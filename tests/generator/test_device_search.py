@@ -235,7 +235,7 @@ def test_a_plan_serves_many_batches(device):
 
 @pytest.mark.parametrize("count,length", [(1, 5), (130, 61), (32, 300), (64, 300), (128, 300), (128, 512)])
 def test_little_is_encoded_in_vain(count, length):
-    """Rounded to powers of two, the 38 400 tokens of 128 sources became 65 536: an encoder took 48 instead of 31 ms,
+    """Rounded to powers of two, the 38 400 tokens of 128 sources became 65 536: an encoder took 48 instead of 28 ms,
     and no test says how long anything takes."""
     tokens = device_search._Shape.around([length] * count, 1, 30, Kind()).source_tokens
     assert count * length <= tokens <= max(8192, 1.13 * count * length)
