@@ -254,8 +254,7 @@ class GraphedStack:
         with torch.cuda.device(device):
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
-                self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            replays = captured(*(functions if size.grad else functions[:1]), stream=self.stream, pool=self.pool)
+            replays = captured(*(functions if size.grad else functions[:1]), pool=self.pool)
         return passes._replace(forward=replays[0], backward=replays[-1])
 
     def _functions(self, size: Size, passes: _Passes, layers: Sequence[PackedLayer],

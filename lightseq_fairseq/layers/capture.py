@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+_TURNS = threading.RLock()
+"""Held by the thread that captures: the stream is one for all."""
+
+
+@functools.cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The one stream besides the default one that graphs are captured in, and tried first.
+
+    Once kernels have run in a third stream, those of every graph begin 0.35 us later each (H200, CUDA 13.0): 130 steps
+    of BART-large took 139 ms instead of 132.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -34,7 +49,7 @@ def capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = 
             gc.enable()
 
 
-def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None, pool: Any = None,
+def captured(*works: Callable[[], None], pool: Any = None,
              trial: AbstractContextManager[object] | None = None) -> list[Callable[[], None]]:
     """What replays each of ``works``, to be called in their order, as they may need what those before leave behind.
 
@@ -45,8 +60,8 @@ def captured(*works: Callable[[], None], stream: torch.cuda.Stream | None = None
     torch.compile(mode="reduce-overhead"), and graphs would go on writing to it.
     """
     graphs = []
-    stream = stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.autograd.set_multithreading_enabled(False):
+    stream = side_stream(torch.cuda.current_device())
+    with _TURNS, torch.autograd.set_multithreading_enabled(False):
         stream.wait_stream(torch.cuda.current_stream())
         with trial or contextlib.nullcontext(), torch.cuda.stream(stream):
             for work in works:

@@ -60,6 +60,8 @@ class PositionalEmbedding(nn.Module):
                 nn.init.zeros_(self.weight[pad])
         else:
             self.register_buffer("table", None, persistent=False)
+        self.outgrown: list[Tensor] = []
+        """Shorter tables, which CUDA graphs that were captured with them go on reading."""
 
     def rows(self, positions: Tensor) -> Tensor:
         """Row numbers of ``positions`` (N,) counted from 0."""
@@ -77,6 +79,8 @@ class PositionalEmbedding(nn.Module):
             return self.weight
         table, needed = self.table, self.offset + length
         if table is None or table.size(0) < needed or table.dtype != like.dtype or table.device != like.device:
+            if table is not None and table.dtype == like.dtype and table.device == like.device:
+                self.outgrown.append(table)
             rows = self.initial_rows if needed <= self.initial_rows else 2 * needed
             pad = self.pad if self.pad < self.offset else None  # else the row is a token's
             table = self.table = sinusoidal_table(rows, self.embed_dim, pad).to(like)

@@ -79,7 +79,7 @@ def test_each_work_is_replayed_by_itself(stream, device):
 
     torch.manual_seed(5)
     with torch.enable_grad():
-        replays = captured(forward, backward, stream=stream, pool=torch.cuda.graph_pool_handle(),
+        replays = captured(forward, backward, pool=torch.cuda.graph_pool_handle(),
                            trial=torch.random.fork_rng([device]))
     torch.manual_seed(5)
     expected = [torch.rand(4, device=device) for _ in range(2)]
@@ -95,7 +95,7 @@ def test_nobody_frees_what_a_graph_multiplies_in(stream, device):
     x, weight = (torch.randn(*size, device=device, dtype=torch.float16) / 64 for size in ((64, 4096), (1024, 4096)))
     found = torch.empty(64, 1024, device=device, dtype=torch.float16)
     bias = torch.zeros(1024, device=device, dtype=torch.float16)
-    replay, = captured(lambda: found.copy_(x @ weight.t() + F.linear(x, weight, bias)), stream=stream)
+    replay, = captured(lambda: found.copy_(x @ weight.t() + F.linear(x, weight, bias)))
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     others = [torch.zeros(1 << 22, device=device) for _ in range(64)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -28,3 +29,13 @@ def test_sinusoids_of_every_token_are_there(offset):
 def test_a_table_shorter_than_the_padding_s_row():
     positions = PositionalEmbedding(3, 4, pad=50, learned=False, offset=0)
     assert positions.upto(3, torch.zeros(1)).shape == (3, 4)
+
+
+def test_graphs_go_on_reading_the_table_they_were_captured_with():
+    """A longer sentence used to free it, unnoticed while nobody else's tensors came to lie in its place."""
+    positions = PositionalEmbedding(7, 12, pad=1, learned=False)
+    kept = weakref.ref(positions.upto(5, torch.zeros(1)))
+    rows = kept()[:7].clone()
+    longer = positions.upto(50, torch.zeros(1))
+    assert longer is not kept() and torch.equal(longer[:7], rows)
+    assert kept() is not None and torch.equal(kept()[:7], rows)
