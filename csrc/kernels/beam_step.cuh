@@ -474,6 +474,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (!going_on) return;
   embedding.write(first_row, beam, token, step + 1);
+  if (beams == 1) return;  // which is its own ancestor at all steps, 0, as it was before the first
   unsigned char* const old = reinterpret_cast<unsigned char*>(keys);  // (beam, step)
   unsigned char* const ancestors = state.ancestors + first_row * steps;
   for (int k = warp; k < beam; k += kWarps) {

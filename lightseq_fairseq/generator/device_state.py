@@ -121,9 +121,9 @@ def forced_tokens(prefix: Array | None, limit: int, steps: int, pad: int, eos: i
 
 
 def columns_of(record: Array) -> list[Array]:
-    """(T, B, K, 6) int32 -> the columns of hypotheses.Step, (T, B, K) each."""
-    ended, totals, beams, tokens, parents, scores = np.ascontiguousarray(np.moveaxis(record, -1, 0))
-    return [ended.astype(bool), totals.view(np.float32), beams, tokens, parents, scores.view(np.float32)]
+    """(T, B, K, 6) int32 -> the columns of hypotheses.Step, (T, B, K) each, of which all but the first are views."""
+    floats = record.view(np.float32)
+    return [record[..., 0].astype(bool), floats[..., 1], *(record[..., i] for i in (2, 3, 4)), floats[..., 5]]
 
 
 class Table:

@@ -247,13 +247,16 @@ def _follow_back(pool: Pool, record: list[Array]) -> tuple[Sequence[Tensor], Seq
     which is meaningless after the last step."""
     _, _, _, tokens, parents, scores = (column.reshape(len(column), -1) for column in record)  # (T, B * K) each
     count, beam = int(pool.steps.max(initial=-1)) + 1, record[0].shape[2]
-    path = np.empty((count, pool.steps.size), np.int64)
-    found, totals = np.empty_like(path), np.empty(path.shape, np.float32)
-    beams, first = pool.beams, pool.sentences * beam
-    for step in reversed(range(count)):
-        rows = first + beams
-        found[step], totals[step] = tokens[step].take(rows), scores[step].take(rows)
-        path[step] = beams = np.where(pool.steps > step, parents[step].take(rows), beams)
+    path, slots = np.zeros((2, count, pool.steps.size), np.int64)  # of the steps: beams before them and rows behind
+    first, beams = pool.sentences * beam, pool.beams
+    if beam == 1:
+        slots[:] = first
+    else:
+        for step in reversed(range(count)):
+            slots[step] = rows = first + beams
+            path[step] = beams = np.where(pool.steps > step, parents[step].take(rows), beams)
+    found = np.take_along_axis(tokens[:count], slots, 1).astype(np.int64)
+    totals = np.take_along_axis(scores[:count], slots, 1)
     ends = np.arange(pool.steps.size)
     found[pool.steps, ends], totals[pool.steps, ends] = pool.ends, pool.totals
     with np.errstate(invalid="ignore"):  # idle beams, followed beyond the last step
