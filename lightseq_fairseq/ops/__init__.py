@@ -9,7 +9,8 @@ from lightseq_fairseq.ops.column_sum import column_sum_
 from lightseq_fairseq.ops.embedding import embedding
 from lightseq_fairseq.ops.layer_norm import layer_norm
 from lightseq_fairseq.ops.linear import InferenceLinear, linear_to_logits
+from lightseq_fairseq.ops.parts_residual_layer_norm import parts_residual_layer_norm
 
 __all__ = ["InferenceLinear", "attention", "attention_weights", "bias_activation_dropout", "bias_dropout_residual",
            "bias_dropout_residual_layer_norm", "column_sum_", "cross_attention", "embedding", "layer_norm",
-           "linear_to_logits", "self_attention"]
+           "linear_to_logits", "parts_residual_layer_norm", "self_attention"]

@@ -34,6 +34,9 @@ MAX_ROWS = 64
 """Rows up to which the kernel is faster than torch's GEMM and an operator beside it (H200, 512 columns),"""
 MAX_ELEMENTS = 32768
 """and elements of its narrower side: 42 rows of 768, 32 of 1024."""
+MAX_ELEMENTS_AHEAD = 65536
+"""The same in front of an operator that has much to fetch meanwhile, which it can only beside a kernel that lets it:
+of 64 rows of 1024 the product takes 4.7 us instead of 4.1, it and cross-attention over 19 200 tokens 0.9 us less."""
 MAX_OUTER = 8192
 """Outputs up to which it is."""
 MAX_NORMED = 2048
@@ -138,10 +141,11 @@ def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     return _decode_linear(*arguments)
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`decode_linear` is the way to go for these, and not torch's GEMM."""
+def serves(x: Tensor, weight: Tensor, most: int = MAX_ELEMENTS) -> bool:
+    """Whether :func:`decode_linear` is the way to go for these, and not torch's GEMM, with ``most`` elements of the
+    narrower side."""
     outer, inner = weight.shape
-    return (x.size(0) <= MAX_ROWS and x.size(0) * min(outer, inner) <= MAX_ELEMENTS and outer <= MAX_OUTER
+    return (x.size(0) <= MAX_ROWS and x.size(0) * min(outer, inner) <= most and outer <= MAX_OUTER
             and inner % MOMENT_COLUMNS == 0 and outer % MOMENT_COLUMNS == 0
             and (not x.is_cuda or (_extension.loaded() and _compiled(x, weight))))
 

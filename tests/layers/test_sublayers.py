@@ -6,12 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lightseq_fairseq.layers import Packing
 from lightseq_fairseq.layers import inference as inference_module
+from lightseq_fairseq.layers import sublayers as sublayers_module
 from lightseq_fairseq.layers.inference import InferenceEncoder
-from lightseq_fairseq.layers.sublayers import Sublayers
+from lightseq_fairseq.layers.sublayers import InferenceNorm, Stream, Sublayers
+from lightseq_fairseq.ops import InferenceLinear
 from lightseq_fairseq.ops.decode_linear import MAX_ROWS
+from tests import tolerances
 from tests.layers.test_incremental import BASE, build_config
 
 SIZES = dataclasses.replace(BASE, encoder_embed_dim=48, encoder_ffn_embed_dim=80, encoder_attention_heads=3)
@@ -83,3 +87,35 @@ def test_many_rows_take_torchs_products(few):
     inference.sublayers = Sublayers(False)
     inference(*given([MAX_ROWS, 1], "cpu"))
     assert not few
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pre", [True, False])
+@pytest.mark.parametrize(("rows", "inner", "outer", "parts"), [
+    (65, 4096, 1024, 4), (64, 4096, 1024, 8), (130, 1024, 520, 2), (500, 2048, 512, 2), (600, 4096, 1024, 1),
+    (300, 1024, 1024, 1), (128, 768, 768, 1)], ids=str)
+@torch.no_grad()
+def test_products_in_parts(rows, inner, outer, parts, pre, dtype, device):
+    """Parts are fp32 and added up where the norm is made: nothing is rounded on the way."""
+    if device.type == "cpu":
+        pytest.skip("products are made in parts on GPUs; run with --device cuda")
+    draw = torch.Generator().manual_seed(rows)
+
+    def normal(*size, scale=1.0):
+        return (torch.randn(*size, generator=draw) * scale).to(device, dtype)
+
+    x, total = normal(rows, inner), normal(rows, outer)
+    linear = InferenceLinear(normal(outer, inner, scale=inner**-0.5), normal(outer))
+    norms = [torch.nn.LayerNorm(outer).to(device, dtype) for _ in range(2)]
+    for norm in norms:
+        norm.weight.copy_(1 + normal(outer, scale=0.1))
+        norm.bias.copy_(normal(outer))
+    made = sublayers_module._parts(x, linear.weight)
+    assert (1 if made is None else made.size(0)) == parts
+    stream = Stream(total, InferenceNorm(norms[0]))
+    joined = Sublayers(pre).join(x, linear, stream, InferenceNorm(norms[1]))
+    residual = total if pre else stream.normed
+    want = residual.double() + F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    torch.testing.assert_close(joined.sum.double(), want, **tolerances.OP[dtype])
+    want = F.layer_norm(joined.sum.double(), (outer,), norms[1].weight.double(), norms[1].bias.double(), norms[1].eps)
+    torch.testing.assert_close(joined.normed.double(), want, **tolerances.OP[dtype])
