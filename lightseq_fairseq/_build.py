@@ -14,8 +14,9 @@ NAME = "_C"
 CPU_NAME = "_cpu"
 """Stem of that of the CPU operators."""
 
-DEFAULT_ARCHITECTURES = "8.0;8.9;9.0+PTX"
-"""A100, L4/RTX 40, H100/H200, and newer ones through PTX. TORCH_CUDA_ARCH_LIST overrides it."""
+DEFAULT_ARCHITECTURES = "8.0;8.9;9.0a;9.0+PTX"
+"""A100, L4/RTX 40, H100/H200 with the products that they alone have, and newer ones through PTX. TORCH_CUDA_ARCH_LIST
+overrides it."""
 
 _TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 STABLE_ABI = ["-DUSE_CUDA", _TORCH_2_10]

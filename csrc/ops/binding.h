@@ -46,4 +46,14 @@ void dispatch(const char* op, const Tensor& tensor, F&& f) {
   }
 }
 
+// The same for 16 bits, which the tensor cores multiply.
+template <typename F>
+void dispatch_16_bits(const char* op, const Tensor& tensor, F&& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return f(__half{});
+    case ScalarType::BFloat16: return f(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, op, ": on CUDA the dtype must be float16 or bfloat16");
+  }
+}
+
 }  // namespace lightseq

@@ -12,14 +12,6 @@ namespace {
 
 using Made = std::tuple<Tensor, Tensor>;
 
-// f(T{}) for 16 bits, which the tensor cores multiply.
-template <typename F>
-void dispatch_16_bits(const Tensor& tensor, F&& f) {
-  if (tensor.scalar_type() == ScalarType::Half) return f(__half{});
-  LIGHTSEQ_EXPECT(tensor.scalar_type() == ScalarType::BFloat16);
-  f(__nv_bfloat16{});
-}
-
 void expect_aligned(std::initializer_list<std::optional<Tensor>> tensors) {
   for (const std::optional<Tensor>& tensor : tensors) {
     LIGHTSEQ_EXPECT(!tensor || (tensor->is_contiguous() && reinterpret_cast<uintptr_t>(tensor->data_ptr()) % 16 == 0));
@@ -60,7 +52,7 @@ Made self_block(Tensor qkv, Tensor cache, Tensor ancestors, Tensor steps, std::o
   LIGHTSEQ_EXPECT(ancestors.is_contiguous() && (!cu_seqlens || cu_seqlens->is_contiguous()));
   const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   const Made made = room(residual, collect);
-  dispatch_16_bits(qkv, [&](auto type) {
+  dispatch_16_bits("decode_self_block", qkv, [&](auto type) {
     using T = decltype(type);
     decode_block::self<T>(past_of<T>(qkv, cache, ancestors, steps, before, cu_seqlens),
                           output_of<T>(made, collect, weight, bias, residual, moments, gain, shift, eps),
@@ -80,7 +72,7 @@ Made cross_block(Tensor x, Tensor moments, Tensor query_weight, Tensor query_bia
   LIGHTSEQ_EXPECT(cu_seqlens.is_contiguous() && gain.has_value() == shift.has_value());
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Made made = room(x, collect);
-  dispatch_16_bits(x, [&](auto type) {
+  dispatch_16_bits("decode_cross_block", x, [&](auto type) {
     using T = decltype(type);
     const decode_block::Source<T> source{data<T>(query_weight),    data<T>(query_bias),   data<float>(sums),
                                          data<T>(keys_values),     data<int>(cu_seqlens), cu_seqlens.dim() == 2 ? 2 : 1};

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = torch::stable::new_empty(x, {rows, outer});
   Tensor left = collect ? new_float(x, {rows, outer / decode_linear::kMomentColumns, 2}) : new_float(x, {0});
-  const auto run = [&](auto type) {
+  dispatch_16_bits("decode_linear", x, [&](auto type) {
     using T = decltype(type);
     const auto pointer = [](const std::optional<Tensor>& tensor) { return tensor ? data<T>(*tensor) : nullptr; };
     const decode_linear::Operands<T> operands{data<T>(out),
@@ -58,13 +58,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
                                               static_cast<float>(eps),
                                               activation_of(activation)};
     LIGHTSEQ_EXPECT(decode_linear::forward<T>(operands, current_stream(x)));
-  };
-  if (x.scalar_type() == ScalarType::Half) {
-    run(__half{});
-  } else {
-    LIGHTSEQ_EXPECT(x.scalar_type() == ScalarType::BFloat16);
-    run(__nv_bfloat16{});
-  }
+  });
   return {out, left};
 }
 

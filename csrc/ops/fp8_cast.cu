@@ -9,18 +9,6 @@
 namespace lightseq {
 namespace {
 
-// As dispatch, for the 16-bit types alone.
-template <typename F>
-void dispatch_halves(const char* op, const Tensor& tensor, F&& f) {
-  dispatch(op, tensor, [&](auto type) {
-    if constexpr (sizeof(type) == 2) {
-      f(type);
-    } else {
-      STD_TORCH_CHECK(false, op, ": on CUDA the dtype must be float16 or bfloat16");
-    }
-  });
-}
-
 Tensor new_bytes(const Tensor& like, std::initializer_list<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Byte);
 }
@@ -35,7 +23,7 @@ std::tuple<Tensor, Tensor> cast(Tensor x, Tensor scale, Tensor amax, bool e5m2, 
   Tensor transposed = columns ? new_bytes(x, {C, R}) : new_bytes(x, {0});
   uint8_t* to_rows = rows ? data<uint8_t>(eight) : nullptr;
   uint8_t* to_columns = columns ? data<uint8_t>(transposed) : nullptr;
-  dispatch_halves("fp8_cast", x, [&](auto type) {
+  dispatch_16_bits("fp8_cast", x, [&](auto type) {
     using T = decltype(type);
     const auto launch = e5m2 ? fp8_cast::launch<T, __NV_E5M2> : fp8_cast::launch<T, __NV_E4M3>;
     launch(to_rows, to_columns, data<float>(amax), data<T>(x), data<float>(scale), R, C, current_stream(x));
@@ -51,7 +39,7 @@ void cast_many(Tensor rows, Tensor columns, Tensor amax, Tensor param, Tensor sc
   LIGHTSEQ_EXPECT(matrices.is_contiguous() && tiles.is_contiguous());
   static_assert(sizeof(fp8_cast::Matrix) == 4 * sizeof(int64_t) && sizeof(fp8_cast::Tile) == 3 * sizeof(int64_t));
   const torch::stable::accelerator::DeviceGuard guard(param.get_device_index());
-  dispatch_halves("fp8_cast_many_", param, [&](auto type) {
+  dispatch_16_bits("fp8_cast_many_", param, [&](auto type) {
     using T = decltype(type);
     fp8_cast::launch_many<T>(data<uint8_t>(rows), data<uint8_t>(columns), data<float>(amax), data<T>(param),
                              data<float>(scale), data<fp8_cast::Matrix>(matrices), data<fp8_cast::Tile>(tiles),

@@ -7,6 +7,7 @@ same operators run one by one. A sentence that is finished stays in the batch un
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -65,11 +66,11 @@ class _Shape(NamedTuple):
 
     @classmethod
     def around(cls, lengths: Sequence[int], beam: int, steps: int, kind: Kind) -> _Shape:
-        """Batches of 1, 2, 3, 4, 6, 8, 12...; powers of two of the others, and eighths between them of many source
+        """Batches of 1, 2, 3, 4, 6, 8, 12...; powers of two of the others, and sixteenths between them of many
         tokens, whose number is the encoder's work. ``lengths`` are those of the sources."""
         power, tokens = _power_of_two(len(lengths), 1), sum(lengths)
         batch = power * 3 // 4 if len(lengths) <= power * 3 // 4 else power
-        tokens = _power_of_two(tokens, 64) if tokens <= _FEW_TOKENS else round_up(tokens, 64)
+        tokens = _power_of_two(tokens, 64) if tokens <= _FEW_TOKENS else round_up(tokens, 64, steps=16)
         return cls(batch, beam, _power_of_two(steps, 32), tokens, _power_of_two(max(lengths), 32), kind)
 
 
@@ -115,9 +116,11 @@ class DeviceSearch:
                 <= self.most_bytes)
 
     def _cache_bytes(self, shape: _Shape) -> int:
-        """Keys and values of self- and cross-attention."""
-        config, tokens = self.model.config, shape.batch * shape.beam * shape.steps + shape.source_tokens
-        return tokens * config.decoder_layers * 2 * config.decoder_embed_dim * self.model.dtype.itemsize
+        """Keys and values of self-attention, and what cross-attention reads."""
+        config, tokens = self.model.config, shape.batch * shape.beam * shape.steps
+        assert self.step is not None
+        source = math.prod(self.step.source_shape(shape.beam, shape.source_tokens))
+        return (tokens * config.decoder_layers * 2 * config.decoder_embed_dim + source) * self.model.dtype.itemsize
 
     @torch.no_grad()
     def decode(self, src_tokens: Sequence[Tensor], options: GenerationOptions, prefix_tokens: Tensor | None,

@@ -10,6 +10,7 @@ Memory is taken once, for :class:`Slots`, and does not grow.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -158,10 +159,10 @@ class Refill:
     def memory_of(slots: Slots, step: DecodeStep) -> int:
         """About what :attr:`memory` would be."""
         layer, layers = step.layers[0], len(step.layers)
-        sentences, sources = slots.count + 1, (slots.pages + 1) * slots.page
+        sentences, pool = slots.count + 1, math.prod(step.source_shape(slots.beam, slots.pages * slots.page))
         keys_values = 2 * layers * layer.heads * layer.head_dim * step.dtype.itemsize
         a_step = slots.beam * (keys_values + 25) + 8  # ancestors and record, forced tokens
-        return sentences * slots.steps * a_step + sources * keys_values
+        return sentences * slots.steps * a_step + pool // slots.pages * (slots.pages + 1) * step.dtype.itemsize
 
     def __str__(self) -> str:
         slots = self.slots

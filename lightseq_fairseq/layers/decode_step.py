@@ -17,7 +17,7 @@ from torch import Tensor
 from lightseq_fairseq.config import TransformerConfig
 from lightseq_fairseq.layers.incremental import IncrementalDecoder
 from lightseq_fairseq.layers.sublayers import InferenceNorm, Stream, Sublayers
-from lightseq_fairseq.ops import decode_block
+from lightseq_fairseq.ops import decode_block, decode_memory_attention
 from lightseq_fairseq.ops.beam_step import TILE
 from lightseq_fairseq.ops.decode_attention import (
     HEAD_DIM_STEP,
@@ -25,7 +25,7 @@ from lightseq_fairseq.ops.decode_attention import (
     decode_cross_attention,
     decode_self_attention,
 )
-from lightseq_fairseq.ops.decode_linear import serves
+from lightseq_fairseq.ops.decode_linear import MAX_ELEMENTS, MAX_ELEMENTS_AHEAD, serves
 from lightseq_fairseq.ops.linear import InferenceLinear, linear_to_logits
 
 
@@ -39,6 +39,8 @@ def fits(config: TransformerConfig) -> bool:
 _MANY_TOKENS = 1024
 """Source tokens from which each layer's keys and values are a product of their own, written where they belong; fewer
 are one product for all layers and a copy. Measured at 4 096 and 38 400 (H200), where that saves time, not between."""
+_MUCH_TO_FETCH = 32 * 2**20
+"""Bytes of a layer's keys and values from which cross-attention is helped by a query map that lets it begin early."""
 
 
 @dataclass
@@ -48,7 +50,8 @@ class DecodeBuffers:
     cache: Tensor
     """(L, 2, B, H, T * K, D): see ops/decode_attention.py."""
     source: Tensor
-    """(L, N, 2, H, D): keys and values of cross-attention, or of the texts that are continued."""
+    """(L, N, 2, H, D): keys and values of cross-attention, or of the texts that are continued; or (1, N, K), the
+    encoder's output, which all layers read as it is."""
     cu_seqlens: Tensor
     """(B + 1,) or (B, 2) int32, see ops/decode_attention.py."""
     ancestors: Tensor
@@ -73,6 +76,26 @@ class DecodeBuffers:
         return self.cu_seqlens[:-1], self.cu_seqlens[1:]
 
 
+class _MemoryAttention:
+    """Cross-attention of a layer over the encoder's output as it is: see ops/decode_memory_attention.py."""
+
+    def __init__(self, layer: Any, weight: Tensor, bias: Tensor) -> None:
+        """``weight`` (2C, K) and ``bias`` (2C,) make keys and values."""
+        maps = weight.view(2, layer.heads, layer.head_dim, -1)
+        self.keys, self.values = maps[0], maps[1].transpose(1, 2)  # (H, D, K), (H, K, D)
+        out, value_bias = layer.cross_out, bias.view(2, -1)[1].float()
+        self.out = InferenceLinear(out.weight, (out.bias.float() + out.weight.float() @ value_bias).to(out.bias.dtype))
+
+    def __call__(self, q: Tensor, memory: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Queries (B, C) over memory (N, K) -> context (B, C), for ``out``."""
+        heads, dim, width = self.keys.shape
+        mapped, context = q.new_empty(q.size(0), heads, width), q.new_empty(q.size(0), heads, dim)
+        torch.bmm(q.view(context.shape).transpose(0, 1), self.keys, out=mapped.transpose(0, 1))
+        mapped = decode_memory_attention.decode_memory_attention(mapped, memory, cu_seqlens)
+        torch.bmm(mapped.transpose(0, 1), self.values, out=context.transpose(0, 1))
+        return context.flatten(1)
+
+
 class DecodeStep:
     """``decoder`` with fixed shapes; later changes of its weights are not seen."""
 
@@ -90,6 +113,7 @@ class DecodeStep:
         self.first_position = self.config.first_position
         self.sublayers = Sublayers(self.config.decoder_normalize_before)
         self.embeddings, self.embed_scale = self.decoder.embed_tokens.weight, self.decoder.embed_scale
+        self.memory_attentions: list[_MemoryAttention] = []
 
     @property
     def input_positions(self) -> Tensor | None:
@@ -101,12 +125,24 @@ class DecodeStep:
                 steps: Tensor) -> DecodeBuffers:
         """New memory; ``cu_seqlens`` and ``steps`` are the caller's."""
         layer, layers = self.layers[0], len(self.layers)
-        new_zeros = self.output.new_zeros
+        new_zeros, source_shape = self.output.new_zeros, self.source_shape(beam, source_tokens)
+        if len(source_shape) == 3 and not self.memory_attentions:
+            maps = (part.chunk(layers) for part in (self.cross_kv.weight, self.cross_kv.bias))
+            self.memory_attentions = [_MemoryAttention(*own) for own in zip(self.layers, *maps, strict=True)]
         return DecodeBuffers(
             new_zeros(layers, 2, batch, layer.heads, steps_at_most * beam, layer.head_dim),
-            new_zeros(layers, source_tokens, 2, layer.heads, layer.head_dim), cu_seqlens,
+            new_zeros(source_shape), cu_seqlens,
             new_zeros(batch, beam, steps_at_most, dtype=torch.uint8), steps,
             new_zeros(batch * beam, self.config.input_dim), new_zeros(batch * beam, dtype=torch.int64))
+
+    def source_shape(self, beam: int, tokens: int) -> tuple[int, ...]:
+        """Of DecodeBuffers.source."""
+        layer = self.layers[0]
+        if self.cross_kv is not None and beam == 1:
+            width = self.cross_kv.weight.size(1)
+            if decode_memory_attention.serves(tokens, width, layer.heads, self.dtype, self.device):
+                return 1, tokens, width
+        return len(self.layers), tokens, 2, layer.heads, layer.head_dim
 
     def start(self, source: Tensor, buffers: DecodeBuffers) -> None:
         """Keys and values of every layer from the encoder's packed output (M, K), M <= N, and the first input.
@@ -125,7 +161,9 @@ class DecodeStep:
             rows = self.first_position + (end - begin - 1).clamp(min=0)
             buffers.first_rows.view(-1, buffers.beam).copy_(rows.unsqueeze(1).expand(-1, buffers.beam))
             return
-        if source.is_cuda and tokens >= _MANY_TOKENS and self.cross_kv.bias is not None:
+        if buffers.source.dim() == 3:
+            buffers.source[0, :tokens].copy_(source)
+        elif source.is_cuda and tokens >= _MANY_TOKENS and self.cross_kv.bias is not None:
             parts = (part.chunk(len(self.layers)) for part in (self.cross_kv.weight, self.cross_kv.bias))
             for layer, weight, bias in zip(buffers.source, *parts, strict=True):
                 torch.addmm(bias, source, weight.t(), out=layer[:tokens].view(tokens, -1))
@@ -146,7 +184,7 @@ class DecodeStep:
             qkv = self.sublayers.read(stream, layer.qkv).view(rows, 3, layer.heads, layer.head_dim)
             stream = self._attend_to_past(layer, stream, qkv, buffers, index)
             if layer.cross_q is not None:
-                stream = self._attend_to_source(layer, stream, buffers.source[index], buffers)
+                stream = self._attend_to_source(layer, stream, buffers, index)
             hidden = self.sublayers.read(stream, layer.fc1)
             last = index + 1 == len(self.layers)
             next_norm = self.last_norm if last else self.layers[index + 1].self_norm
@@ -178,13 +216,19 @@ class DecodeStep:
                                                         collect=True, **normed)
         return Stream(total, norm, moments)
 
-    def _attend_to_source(self, layer: Any, stream: Stream, source: Tensor, buffers: DecodeBuffers) -> Stream:
-        """The stream behind cross-attention over keys and values (N, 2, H, D), in one launch where that is served."""
+    def _attend_to_source(self, layer: Any, stream: Stream, buffers: DecodeBuffers, index: int) -> Stream:
+        """The stream behind cross-attention, in one launch where that is served."""
         pre = self.config.decoder_normalize_before
         norm, old = layer.final_norm if pre else layer.cross_norm, stream.norm
+        if buffers.source.dim() == 3:
+            attend = self.memory_attentions[index]
+            context = attend(self.sublayers.read(stream, layer.cross_q), buffers.source[0], buffers.cu_seqlens)
+            return self.sublayers.join(context, attend.out, stream, norm)
+        source = buffers.source[index]
         if old is None or stream.moments is None or not decode_block.serves(stream.sum, layer.heads, layer.head_dim,
                                                                             buffers.beam):
-            q = self.sublayers.read(stream, layer.cross_q)
+            much = source.numel() * source.itemsize >= _MUCH_TO_FETCH
+            q = self.sublayers.read(stream, layer.cross_q, MAX_ELEMENTS_AHEAD if much else MAX_ELEMENTS)
             context = decode_cross_attention(q, source, buffers.cu_seqlens, buffers.beam)
             return self.sublayers.join(context, layer.cross_out, stream, norm)
         folded, out = self.sublayers.fold(layer.cross_q, old), layer.cross_out

@@ -17,7 +17,7 @@ from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.generator.refill import Slots
 from lightseq_fairseq.layers.compiled import CompiledDecoder
-from lightseq_fairseq.ops import decode_block
+from lightseq_fairseq.ops import decode_block, decode_memory_attention
 from tests import tolerances
 from tests.generator.test_generator import random_model
 
@@ -87,6 +87,54 @@ def test_attention_in_one_launch(pre, beam, device, monkeypatch):
     smaller = {name: tensor * 0.3 for name, tensor in file.tensors.items()}  # sums over so many columns are large
     compare(Transformer(dataclasses.replace(file, tensors=smaller), device), sentences(3), beam=beam)
     assert set(taken) == ({"decode_self_block", "decode_cross_block"} if device.type == "cpu" else set())
+
+
+def memory_model(monkeypatch, device, pre, dtype=torch.float32):
+    """One whose cross-attention is over the encoder's output itself, as that of one beam over long sources is; the
+    kernel is for 16 bits and some hundred columns."""
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) != (9, 0):
+            pytest.skip("the kernel is for compute capability 9.0")
+        dtype = torch.float16
+        monkeypatch.setattr(decode_memory_attention, "LEAST_BYTES", 0)
+    else:
+        monkeypatch.setattr(decode_memory_attention, "serves", lambda *arguments: True)
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder")
+             for name, size in (("embed_dim", 512), ("attention_heads", 8))}
+    file = random_model(encoder_normalize_before=pre, decoder_normalize_before=pre, **sizes)
+    smaller = {name: tensor * 0.15 if tensor.dim() > 1 else tensor for name, tensor in file.tensors.items()}
+    return Transformer(dataclasses.replace(file, tensors=smaller), device, dtype)
+
+
+@pytest.mark.parametrize("pre", [True, False])
+def test_cross_attention_over_the_encoders_output(pre, device, monkeypatch):
+    model, src = memory_model(monkeypatch, device, pre), sentences(7)
+    options = GenerationOptions(beam=1, max_len_b=9, min_len=9)
+    over_memory = DeviceSearch(model)
+    found = over_memory.decode(src, options, None, [9] * 7)
+    assert all(plan.state.buffers.source.dim() == 3 for plan in over_memory.plans.values())
+    monkeypatch.setattr(decode_memory_attention, "serves", lambda *arguments: False)
+    over_keys = DeviceSearch(model)
+    expected = over_keys.decode(src, options, None, [9] * 7)
+    assert all(plan.state.buffers.source.dim() == 5 for plan in over_keys.plans.values())
+    if device.type == "cpu":
+        assert_same(found, expected)
+    first = [torch.stack([hypotheses[0].positional_scores[0] for hypotheses in each]) for each in (found, expected)]
+    torch.testing.assert_close(*first, rtol=0, atol=0.02 if device.type == "cuda" else 1e-5)
+    assert first[0].std() > 0.05, "sources differ, and so should what is said of them"
+
+
+def test_shapes_share_one_stream(device):
+    """A third stream makes every graph slower; a stream for each shape went unnoticed while one shape was timed."""
+    if device.type == "cpu":
+        pytest.skip("streams are CUDA's; run with --device cuda")
+    search = DeviceSearch(Transformer(random_model(), device))
+    handed_out = [torch.cuda.Stream().stream_id for _ in range(2)]
+    for count in (1, 5):
+        search.decode(sentences(count), GenerationOptions(beam=2, max_len_b=5), None, [5] * count)
+    search.refill(Slots(3, 2, 16, 12))
+    assert len(search.plans) == 2
+    assert torch.cuda.Stream().stream_id - handed_out[1] == handed_out[1] - handed_out[0]
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5, 10])

@@ -16,7 +16,13 @@ from lightseq_fairseq.generator.generator import Generator
 from lightseq_fairseq.generator.model import Transformer
 from lightseq_fairseq.generator.options import GenerationError, GenerationOptions
 from lightseq_fairseq.generator.refill import Slots
-from tests.generator.test_device_search import MODELS, assert_same, raw_weights, sentences  # noqa: F401  a fixture
+from tests.generator.test_device_search import (  # noqa: F401  one of them a fixture
+    MODELS,
+    assert_same,
+    memory_model,
+    raw_weights,
+    sentences,
+)
 from tests.generator.test_generator import random_model
 
 
@@ -134,6 +140,22 @@ def test_memory_is_known_beforehand(device):
     search = DeviceSearch(Transformer(random_model(), device))
     for slots in (Slots(3, 2, 40, 30), Slots(50, 5, 100, 64)):
         assert search.refill(slots).memory == pytest.approx(search.refill_memory(slots), rel=0.1)
+
+
+def test_slots_over_the_encoders_output(device, monkeypatch):
+    """Pages of it take a fraction of the memory that those of keys and values take."""
+    search = DeviceSearch(memory_model(monkeypatch, device, True))
+    src, options = sentences(11), GenerationOptions(beam=1, max_len_b=9, min_len=9)
+    slots = Slots(3, 1, 16, 12)
+    refill = search.refill(slots)
+    assert refill.memory == pytest.approx(search.refill_memory(slots), rel=0.1)
+    assert refill.state.buffers.source.dim() == 3
+    found, expected = run(refill, src, options), search.decode(src, options, None, [9] * len(src))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours[0].positional_scores[0], theirs[0].positional_scores[0], rtol=0,
+                                   atol=0.02 if device.type == "cuda" else 1e-5)
+    if device.type == "cpu":
+        assert_same(found, expected)
 
 
 def test_sentences_may_come_and_go_at_any_time(device):
