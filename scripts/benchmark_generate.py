@@ -3,10 +3,10 @@
 
     python scripts/benchmark_generate.py [--sizes base,demo] [--batches 1,8,32] [--dtype fp32]
 
-``demo`` is the model that scripts/demo.sh trains. One Transformer with random weights serves all; every output has
-exactly --length tokens, so that all do the same work. CTranslate2 is left out where it is not installed (pip install
-ctranslate2). Results go to scripts/results/generate[_cpu].json and .png: milliseconds a batch, medians over alternating
-repeats.
+``demo`` is the model that scripts/demo.sh trains. One Transformer with random weights serves all, each in a process of
+its own; every output has exactly --length tokens, so that all do the same work. CTranslate2 is left out where it is not
+installed (pip install ctranslate2). Results go to scripts/results/generate[_cpu].json and .png: milliseconds a batch,
+medians over alternating repeats.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_train import RESULTS, can_plot, machine  # noqa: E402
+from contender import Contender  # noqa: E402
 
 ARCHITECTURES = {
     "tiny": ["transformer_tiny"], "base": ["transformer_wmt_en_de"], "big": ["transformer_wmt_en_de_big"],
@@ -132,21 +131,27 @@ def make_checkpoint(folder: Path, size: str, vocabulary: int) -> dict[str, Any]:
     return {"module": module, "task": task}
 
 
-def alternate(contenders: dict[str, Callable[[list[list[int]]], int]], batches: list[list[list[int]]],
-              length: int) -> dict[str, float]:
-    """Median milliseconds a batch of each contender; they take turns on every batch."""
+def contender(name: str, size: str, vocabulary: int, args: argparse.Namespace) -> Fairseq | CTranslate2 | LightSeq:
+    """One of CONTENDERS, in its own process; the weights are the same in all."""
+    logging.disable(logging.INFO)
+    classes = dict(zip(CONTENDERS, (Fairseq, CTranslate2, LightSeq), strict=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        return classes[name](Path(temporary), args, make_checkpoint(Path(temporary), size, vocabulary))
+
+
+def alternate(contenders: dict[str, Contender], batches: list[list[list[int]]], length: int) -> dict[str, float]:
+    """Median milliseconds a batch of each contender, whose hypotheses are on the host then; they take turns on every
+    batch."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for name, run in contenders.items():
-        made = run(batches[0])
+        _, made = run(batches[0])
         expected = len(batches[0]) * (length + 1)
         if made != expected:
             raise SystemExit(f"{name} made {made} tokens where {expected} were asked for: not the same work")
         run(batches[0])
     for batch in batches:
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run(batch)  # hypotheses are on the host when it returns
-            times[name].append(time.perf_counter() - start)
+            times[name].append(run(batch)[0])
     return {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
 
 
@@ -214,22 +219,20 @@ def main() -> None:
     if "ctranslate2" in wanted and importlib.util.find_spec("ctranslate2") is None:
         print("ctranslate2 is not installed and is left out")
         wanted.remove("ctranslate2")
-    classes = dict(zip(CONTENDERS, (Fairseq, CTranslate2, LightSeq), strict=True))
     rows = []
     for size in args.sizes.split(","):
         vocabulary = VOCABULARIES.get(size, args.vocabulary)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            checkpoint = make_checkpoint(folder, size, vocabulary)
-            contenders = {name: classes[name](folder, args, checkpoint) for name in wanted}
-            for count in map(int, args.batches.split(",")):
-                pool = sentences(count * args.repeats, vocabulary)
-                batches = [pool[i * count:(i + 1) * count] for i in range(args.repeats)]
-                case = f"{size}-beam{args.beam}-len{args.length}-b{count}"
-                for name, ms in alternate(contenders, batches, args.length).items():
-                    rows.append({"case": case, "contender": name, "ms": round(ms, 2),
-                                 "ms_per_step": round(ms / (args.length + 1), 3)})
-                    print(json.dumps(rows[-1]), flush=True)
+        contenders = {name: Contender(contender, name, size, vocabulary, args) for name in wanted}
+        for count in map(int, args.batches.split(",")):
+            pool = sentences(count * args.repeats, vocabulary)
+            batches = [pool[i * count:(i + 1) * count] for i in range(args.repeats)]
+            case = f"{size}-beam{args.beam}-len{args.length}-b{count}"
+            for name, ms in alternate(contenders, batches, args.length).items():
+                rows.append({"case": case, "contender": name, "ms": round(ms, 2),
+                             "ms_per_step": round(ms / (args.length + 1), 3)})
+                print(json.dumps(rows[-1]), flush=True)
+        for each in contenders.values():
+            each.close()
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**machine(), "dtype": args.dtype, "threads": torch.get_num_threads()}
     stem = "generate" if ON_GPU else "generate_cpu_int8" if args.dtype == "int8" else "generate_cpu"

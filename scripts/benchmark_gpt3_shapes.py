@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark_models import DEVICE, DTYPES, ON_GPU, synchronize  # noqa: E402
+from benchmark_models import DEVICE, DTYPES, ON_GPU  # noqa: E402
 from benchmark_train import RESULTS, machine  # noqa: E402
+from contender import synchronize  # noqa: E402
 
 from lightseq_fairseq.config import TransformerConfig  # noqa: E402
 from lightseq_fairseq.generator.generator import Generator  # noqa: E402

@@ -14,7 +14,8 @@ device, tokens on the host.
     bert-base-BxT         B texts of up to T tokens, half of the slots padding; milliseconds a batch
 
 Results go to models.json ({"gpu", "torch", "commit", "rows": [{"case", "contender", "ms"}]}) and models.png in --out,
-medians over alternating repeats, and a table is printed. A contender that fails leaves its reason in place of "ms".
+medians over alternating repeats, and a table is printed. Each contender has a process of its own. One that fails leaves
+its reason in place of "ms".
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_train import RESULTS, can_plot, machine  # noqa: E402
+from contender import Contender, Failed  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -173,34 +173,32 @@ def make_model(case: Case, folder: Path) -> None:
     getattr(transformers, cls)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
 
 
-def alternate(case: Case, contenders: dict[str, Callable[[], int]], warm: int,
-              repeats: int) -> dict[str, float | str]:
+def contender(kind: str, name: str, tiny: bool, folder: Path, dtype: torch.dtype) -> HuggingFace | LightSeq:
+    """As one of CONTENDERS, in its own process."""
+    logging.disable(logging.WARNING)
+    case = Case(name, tiny)
+    if kind == "lightseq":
+        return LightSeq(case, folder, dtype)
+    return HuggingFace(case, folder, dtype, kind == "hf-best")
+
+
+def alternate(case: Case, contenders: dict[str, Contender], warm: int, repeats: int) -> dict[str, float | str]:
     """Median milliseconds of each contender, which take turns; of one that fails, its reason."""
     results: dict[str, float | str] = {}
     made: dict[str, int] = {}
     for name, run in contenders.items():
         try:
             for _ in range(warm):
-                made[name] = run()
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                _, made[name] = run()
+        except Failed as error:
+            results[name] = str(error)
     if len(set(made.values())) > 1:
         raise SystemExit(f"{case.name}: not the same work, tokens of each: {made}")
     times: dict[str, list[float]] = {name: [] for name in contenders if name not in results}
     for _ in range(repeats):
         for name, seconds in times.items():
-            synchronize()
-            start = time.perf_counter()
-            contenders[name]()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(contenders[name]()[0])
     return results | {name: statistics.median(seconds) * 1e3 / case.divisor for name, seconds in times.items()}
-
-
-def synchronize() -> None:
-    """Until the device has nothing left to do."""
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -271,18 +269,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             make_model(case, folder)
-            contenders: dict[str, Callable[[], int]] = {
-                each: LightSeq(case, folder, dtype) if each == "lightseq" else
-                HuggingFace(case, folder, dtype, each == "hf-best") for each in wanted}
-        for contender, found in alternate(case, contenders, args.warm, args.repeats).items():
+            contenders = {each: Contender(contender, each, name, args.tiny, folder, dtype) for each in wanted}
+            results = alternate(case, contenders, args.warm, args.repeats)
+            for each in contenders.values():
+                each.close()
+        for each, found in results.items():
             value = {"failed": found} if isinstance(found, str) else {"ms": round(found, 4)}
-            rows.append({"case": name, "contender": contender, **value})
+            rows.append({"case": name, "contender": each, **value})
             print(json.dumps(rows[-1]), flush=True)
         (args.out / "models.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        del contenders
-        torch.compiler.reset()
-        if ON_GPU:
-            torch.cuda.empty_cache()
     print(table(rows))
     if can_plot() and any("ms" in row for row in rows):
         plot(rows, args.out / "models.png", f"{about['gpu']}, torch {about['torch']}, {args.dtype}")
