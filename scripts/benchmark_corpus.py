@@ -4,19 +4,20 @@
     python scripts/benchmark_corpus.py CORPUS [--size base] [--dtype fp16] [--sentences 10000]
 
 CORPUS is a text file of source sentences; its words are cut into pieces of at most six letters, as subwords would be.
-One Transformer with random weights serves all. How long each output is, a table says, in proportion to its source with
-some spread, so that all do the same work: that many tokens and eos, neither more nor less. CTranslate2 takes one length
-a call, which spares it what sentences of unequal length cost in a batch, and costs it little where there are many of
-each; it is swept over batch sizes in sentences and in tokens and over workers, all calls being queued at once.
-``refill`` are our slots over the whole corpus, ``batches`` our search over the same calls. Results go to
-scripts/results/corpus[_cpu].json: sentences and tokens a second, medians over alternating repeats, from ids or tokens
-to hypotheses on the host.
+One Transformer with random weights serves both, in a process each. How long each output is, a table says, in proportion
+to its source with some spread, so that all do the same work: that many tokens and eos, neither more nor less.
+CTranslate2 takes one length a call, which spares it what sentences of unequal length cost in a batch, and costs it
+little where there are many of each; it is swept over batch sizes in sentences and in tokens and over workers, all calls
+being queued at once. ``refill`` are our slots over the whole corpus, ``batches`` our search over the same calls.
+Results go to scripts/results/corpus[_cpu].json: sentences and tokens a second, medians over alternating repeats, from
+ids or tokens to hypotheses on the host.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import importlib.util
 import json
 import logging
@@ -24,7 +25,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_generate import ARCHITECTURES, DTYPES, ON_GPU, CTranslate2, LightSeq, make_checkpoint  # noqa: E402
 from benchmark_train import RESULTS, machine  # noqa: E402
+from contender import Contender  # noqa: E402
 
 LETTERS = 6
 """Of a piece at most."""
@@ -119,17 +120,64 @@ def refill_run(generator: Any, corpus: Corpus, beam: int, slots: int) -> Callabl
     return run
 
 
-def measure(runs: dict[str, Callable[[], int]], corpus: Corpus, repeats: int) -> list[dict[str, Any]]:
+def with_model(make: Any, args: argparse.Namespace) -> Any:
+    """``make`` of benchmark_generate's contenders over the model, whose weights are the same in each process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return make(Path(temporary), args, make_checkpoint(Path(temporary), args.size, args.vocabulary))
+
+
+class Ours:
+    """Our runs by their names; in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
+        self.beam, self.corpus = args.beam, corpus
+        self.generator = with_model(LightSeq, args).generator
+        self.runs: dict[str, Callable[[], int]] = {}
+
+    def __call__(self, name: str) -> int | None:
+        """Tokens made; None for slots where there are none."""
+        kind, size = name.split()
+        if kind == "refill" and self.generator.device_search is None:
+            return None
+        if name not in self.runs:
+            make = refill_run if kind == "refill" else batches_run
+            self.runs[name] = make(self.generator, self.corpus, self.beam, int(size))
+        return self.runs[name]()
+
+
+class CTranslate2s:
+    """CTranslate2's runs by their names; in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
+        self.args, self.corpus = args, corpus
+        self.translators: dict[str, Any] = {}
+        self.runs: dict[str, Callable[[], int]] = {}
+
+    def __call__(self, name: str) -> int:
+        """Tokens made."""
+        _, size, kind, workers, _ = name.split()
+        if workers not in self.translators:
+            self.translators[workers] = with_model(functools.partial(CTranslate2, workers=int(workers)),
+                                                   self.args).translator
+        if name not in self.runs:
+            self.runs[name] = ctranslate2_run(self.translators[workers], self.corpus, self.args.beam, int(size), kind)
+        return self.runs[name]()
+
+
+def measure(runs: dict[str, Contender], corpus: Corpus, repeats: int) -> list[dict[str, Any]]:
     """Rows of all contenders, which take turns; SystemExit where one makes another number of tokens."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):  # the first is to warm up
-        for name, run in runs.items():
-            started = time.perf_counter()
-            made = run()
+        for name in list(seconds):
+            took, made = runs[name](name)
+            if made is None:
+                print(f"no GPU with the compiled operators: {name} is left out")
+                del seconds[name]
+                continue
             if made != corpus.tokens:
                 raise SystemExit(f"{name} made {made} tokens where {corpus.tokens} were asked for: not the same work")
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took)
     rows = []
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -159,28 +207,18 @@ def main() -> None:
     args.length = LONGEST
     logging.disable(logging.INFO)
     corpus = Corpus(read_corpus(args.corpus, args.sentences, args.vocabulary))
-    runs: dict[str, Callable[[], int]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        checkpoint = make_checkpoint(folder, args.size, args.vocabulary)
-        generator = LightSeq(folder, args, checkpoint).generator
-        for batch in map(int, filter(None, args.batches.split(","))):
-            runs[f"batches {batch}"] = batches_run(generator, corpus, args.beam, batch)
-        if generator.device_search is None:
-            print("no GPU with the compiled operators: refill is left out")
-        else:
-            for slots in map(int, filter(None, args.slots.split(","))):
-                runs[f"refill {slots}"] = refill_run(generator, corpus, args.beam, slots)
-        if importlib.util.find_spec("ctranslate2") is None:
-            print("ctranslate2 is not installed and is left out")
-        else:
-            for workers in map(int, args.workers.split(",")):
-                translator = CTranslate2(folder, args, checkpoint, workers).translator
-                for kind, sizes in (("examples", args.examples), ("tokens", args.tokens)):
-                    for size in map(int, filter(None, sizes.split(","))):
-                        name = f"ctranslate2 {size} {kind} {workers} workers"
-                        runs[name] = ctranslate2_run(translator, corpus, args.beam, size, kind)
-        rows = measure(runs, corpus, args.repeats)
+    ours = Contender(Ours, args, corpus)
+    names = [f"{kind} {size}" for kind, sizes in (("batches", args.batches), ("refill", args.slots))
+             for size in filter(None, sizes.split(","))]
+    runs = dict.fromkeys(names, ours)
+    if importlib.util.find_spec("ctranslate2") is None:
+        print("ctranslate2 is not installed and is left out")
+    else:
+        theirs = Contender(CTranslate2s, args, corpus)
+        runs |= {f"ctranslate2 {size} {kind} {workers} workers": theirs for workers in args.workers.split(",")
+                 for kind, sizes in (("examples", args.examples), ("tokens", args.tokens))
+                 for size in filter(None, sizes.split(","))}
+    rows = measure(runs, corpus, args.repeats)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**machine(), "dtype": args.dtype, "size": args.size, "beam": args.beam, "corpus": args.corpus.name,
              "sentences": len(corpus.sources), "source_tokens": sum(map(len, corpus.sources)), "tokens": corpus.tokens,
