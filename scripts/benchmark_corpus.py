@@ -219,6 +219,8 @@ def main() -> None:
                  for kind, sizes in (("examples", args.examples), ("tokens", args.tokens))
                  for size in filter(None, sizes.split(","))}
     rows = measure(runs, corpus, args.repeats)
+    for each in set(runs.values()):
+        each.close()
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**machine(), "dtype": args.dtype, "size": args.size, "beam": args.beam, "corpus": args.corpus.name,
              "sentences": len(corpus.sources), "source_tokens": sum(map(len, corpus.sources)), "tokens": corpus.tokens,

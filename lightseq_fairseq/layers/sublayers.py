@@ -119,11 +119,9 @@ def _parts(x: Tensor, weight: Tensor) -> Tensor | None:
     columns or many rows make enough work of it as it is (H200; 64 rows of 4096 to 1024 and the norm behind them take
     7.7 us in eight parts and 8.6 in one)."""
     (rows, inner), outer = x.shape, weight.size(0)
-    count = 2
-    while 2 * count <= inner * 64 // (512 * rows) and count < _MOST_PARTS:
-        count *= 2
-    if (not x.is_cuda or x.dtype == torch.float32 or inner < _PARTED_COLUMNS or inner % (8 * count)
-            or rows > _PARTED_ROWS * min(2, inner // _PARTED_COLUMNS)):
+    count = min(_MOST_PARTS, 1 << max(2, inner // (8 * rows)).bit_length() - 1)
+    if (not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or inner < _PARTED_COLUMNS
+            or inner % (8 * count) or rows > _PARTED_ROWS * min(2, inner // _PARTED_COLUMNS)):
         return None
     x, weight = x.reshape(rows, count, -1), weight.view(outer, count, -1)
     return torch.bmm(x.transpose(0, 1), weight.permute(1, 2, 0), out_dtype=torch.float32)
