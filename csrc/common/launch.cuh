@@ -14,6 +14,14 @@ inline void check_launch(const char* kernel, cudaError_t error) {
   }
 }
 
+// Shared memory that a block of the current device can have.
+inline int most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check_launch("most_shared_bytes", cudaGetDevice(&device));
+  check_launch("most_shared_bytes", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 inline int ceil_div(long a, long b) { return static_cast<int>((a + b - 1) / b); }
 
 }  // namespace lightseq

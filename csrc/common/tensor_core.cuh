@@ -19,7 +19,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // Starts copying 16 bytes into shared memory; writes zeros and reads nothing unless `inside`.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(inside ? 16 : 0));
+               "r"(inside ? 16 : 0)
+               : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }

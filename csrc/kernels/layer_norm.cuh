@@ -9,6 +9,7 @@
 // Bytes for N rows of C 16-bit elements: 4NC forward (x, y), 6NC backward (dy, x, dx), and what a Step adds.
 #pragma once
 
+#include "../common/launch_chain.cuh"
 #include "../common/philox.cuh"
 #include "../common/reduce.cuh"
 #include "column_sum.cuh"
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(forward_threads(ROW_WARPS))
   const Columns<ROW_WARPS, OCTETS> at(columns);
 
   wait_for_previous();
+  launch_next();  // what follows may fetch its weights meanwhile
   const typename Step::Thread thread = step.begin();
   typename Step::template Input<kOctet> input[OCTETS];
   Packed<T, kOctet> weight_in[OCTETS], bias_in[OCTETS];

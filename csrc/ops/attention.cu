@@ -72,13 +72,6 @@ Problem problem(const Parts& parts, const Tensor& cu_seqlens_q, const Tensor& cu
   return p;
 }
 
-int shared_limit(const Tensor& tensor) {
-  int bytes = 0;
-  check_launch("attention",
-               cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, tensor.get_device_index()));
-  return bytes;
-}
-
 Tensor new_sums(const Tensor& like, const Problem& p) {
   const auto wide = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return torch::stable::new_empty(like, {p.heads, p.tokens_q}, wide);
@@ -98,7 +91,7 @@ std::tuple<Tensor, Tensor> forward(Parts parts, Tensor cu_seqlens_q, Tensor cu_s
     const auto q = heads<const T>(parts, 0), k = heads<const T>(parts, 1), v = heads<const T>(parts, 2);
     if constexpr (sizeof(T) == 2) {
       if (in_vectors<T>(p, {q, k, v})) {
-        return attention::forward_on_tensor_cores<T>(heads<T>(out), data<float>(lse), q, k, v, p, shared_limit(first),
+        return attention::forward_on_tensor_cores<T>(heads<T>(out), data<float>(lse), q, k, v, p, most_shared_bytes(),
                                                      stream);
       }
     }
@@ -126,7 +119,7 @@ Parts backward(Tensor dout, Parts parts, Tensor out, Tensor lse, Tensor cu_seqle
     if constexpr (sizeof(T) == 2) {
       if (in_vectors<T>(p, {q, k, v, dout_rows}) &&
           attention::backward_on_tensor_cores<T>(dq, dk, dv, data<float>(delta), dout_rows, out_rows, data<float>(lse),
-                                                 q, k, v, p, shared_limit(dout), stream)) {
+                                                 q, k, v, p, most_shared_bytes(), stream)) {
         return;
       }
     }
