@@ -229,15 +229,6 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const Operands<T> a) {
 #endif
 }
 
-// Whether attend() has a body here, which it has where the GPU runs what was compiled for sm_90a.
-__global__ void report(int* found) {
-#ifdef LIGHTSEQ_WARPGROUPS
-  *found = 1;
-#else
-  *found = 0;
-#endif
-}
-
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 

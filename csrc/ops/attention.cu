@@ -6,6 +6,7 @@
 #include "../kernels/attention_plain.cuh"
 #include "../kernels/attention_tiles.cuh"
 #include "../kernels/attention_tiles_backward.cuh"
+#include "../kernels/attention_warpgroups.cuh"
 #include "binding.h"
 
 namespace lightseq {
@@ -91,6 +92,7 @@ std::tuple<Tensor, Tensor> forward(Parts parts, Tensor cu_seqlens_q, Tensor cu_s
     const auto q = heads<const T>(parts, 0), k = heads<const T>(parts, 1), v = heads<const T>(parts, 2);
     if constexpr (sizeof(T) == 2) {
       if (in_vectors<T>(p, {q, k, v})) {
+        if (attention::forward_on_warpgroups<T>(heads<T>(out), data<float>(lse), q, k, v, p, stream)) return;
         return attention::forward_on_tensor_cores<T>(heads<T>(out), data<float>(lse), q, k, v, p, most_shared_bytes(),
                                                      stream);
       }

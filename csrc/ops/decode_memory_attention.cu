@@ -23,11 +23,10 @@ Tensor attend(Tensor q, Tensor memory, Tensor cu_seqlens) {
   return context;
 }
 
-// found (1,) int32: 1 if the kernel is there for this GPU
-void serves(Tensor found) {
-  const torch::stable::accelerator::DeviceGuard guard(found.get_device_index());
-  decode_memory_attention::report<<<1, 1, 0, current_stream(found)>>>(data<int>(found));
-  LIGHTSEQ_CHECK_LAUNCH("decode_memory_attention::report");
+// Whether the kernel is there for the GPU of `like`.
+bool serves(Tensor like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return has_warpgroups();
 }
 
 }  // namespace

@@ -47,15 +47,15 @@ def _attention(q: Tensor, memory: Tensor, cu_seqlens: Tensor) -> Tensor:
     return context
 
 
-def _nowhere(found: Tensor) -> None:
-    found.zero_()
+def _nowhere(like: Tensor) -> bool:
+    return False
 
 
 _decode_memory_attention = register(
     "decode_memory_attention(Tensor q, Tensor memory, Tensor cu_seqlens) -> Tensor", _attention,
     lambda q, *rest: torch.empty_like(q))
 _decode_memory_attention_serves = register(
-    "decode_memory_attention_serves(Tensor(a!) found) -> ()", _nowhere, None)
+    "decode_memory_attention_serves(Tensor like) -> bool", _nowhere, _nowhere)
 
 
 def decode_memory_attention(q: Tensor, memory: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -91,8 +91,4 @@ def _compiled(width: int, dtype: torch.dtype, device: torch.device) -> bool:
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
     """Not where a build is for 9.0 and not for 9.0a, nor on later GPUs; it depends on what the driver has chosen."""
-    if not _extension.loaded() or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    found = torch.zeros(1, dtype=torch.int32, device=device)
-    _decode_memory_attention_serves(found)
-    return bool(found.item())
+    return _extension.loaded() and _decode_memory_attention_serves(torch.empty(0, device=device))

@@ -27,6 +27,9 @@ CASES_16_BIT = [  # lengths at and just past the tiles of the kernels: 16, 32, 6
     ([9, 34], [21, 40], 1, 256),
     ([129, 3], [127, 150], 2, 64),
     ([300, 20], [270, 1], 1, 64),
+    ([200, 1, 65], [200, 130, 0], 2, 128),
+    ([257, 100, 33], [300, 64, 190], 2, 72),
+    ([40, 64], [129, 65], 3, 48),
     ([12, 3], [11, 4], 2, 7),
 ]
 IDS = dict(ids=lambda value: "x".join(map(str, value)) if isinstance(value, list) else None)
