@@ -74,6 +74,56 @@ __device__ __forceinline__ void store_rows(const Heads<T>& x, int row, int head,
   }
 }
 
+// -inf where a row does not see a key: scores (16, 8 COUNT) of a warp, the first key `base`; rows g + 8 i of lane
+// 4 g + t see seen[i].
+template <int COUNT>
+__device__ __forceinline__ void hide(float (&s)[COUNT][4], int base, int t, const int (&seen)[2]) {
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (base + 8 * n + 2 * t + c % 2 >= seen[c / 2]) s[n][c] = -INFINITY;
+    }
+  }
+}
+
+// exp(scale s - shift) in powers of 2 of 16 keys, s their left and right 8, summed before dropout, in 16 bits as left
+// operand of a product: rows g and g + 8.
+template <typename T, bool DROPOUT>
+__device__ __forceinline__ void take_probabilities(uint32_t (&p)[4], float (&sum)[2], const float (&left)[4],
+                                                   const float (&right)[4], float scale, const float (&shift)[2],
+                                                   const Draw& draw) {
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {  // half of the rows + 2 * half of the keys
+    const int half = part % 2;
+    float kept[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float e = exp2_fast(fmaf((part / 2 ? right : left)[2 * half + c], scale, -shift[half]));
+      sum[half] += e;
+      kept[c] = !DROPOUT || draw.keeps(2 * part + c) ? e : 0.f;
+    }
+    p[part] = pack<T>(kept[0], kept[1]);
+  }
+}
+
+// What rows `row` + g + 8 i are to be multiplied by, given the sums over the keys of lane 4 g + t; writes their lse.
+__device__ __forceinline__ void finish_softmax(float (&factor)[2], float (&sum)[2], const float (&top)[2], float scale,
+                                               float* lse, const Problem& p, const Span& span, int row, int g, int t,
+                                               int head) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
+    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    factor[half] = sum[half] > 0.f ? __fdividef(p.dropout.scale, sum[half]) : 0.f;
+    const int query = row + g + 8 * half;
+    if (t == 0 && query < span.q_len) {
+      lse[span.sums_begin(p, head) + query] =
+          sum[half] > 0.f ? (top[half] * scale + __log2f(sum[half])) / kLog2e : INFINITY;
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------------------------------------
 // CUDA kernels
 
@@ -159,15 +209,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, forward_blocks(D, MANY))
     }
 
     // -inf where nothing is seen; the rows' new maxima
-    if (base + KEYS > least) {
-#pragma unroll
-      for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (base + 8 * n + 2 * t + c % 2 >= seen[c / 2]) s[n][c] = -INFINITY;
-        }
-      }
-    }
+    if (base + KEYS > least) hide(s, base, t, seen);
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
@@ -203,18 +245,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, forward_blocks(D, MANY))
     for (int j = 0; j < KEYS / 16; ++j) {
       if (base + j / 2 * 32 < reach) {
         if constexpr (MANY) draws[j] = mask.draw_block(row / 16, base / 16 + j);
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {  // half of the rows + 2 * half of the keys
-          const int half = part % 2;
-          float kept[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float e = exp2_fast(fmaf(s[2 * j + part / 2][2 * half + c], scale, -shift[half]));
-            sum[half] += e;
-            kept[c] = draws[j].keeps(2 * part + c) ? e : 0.f;
-          }
-          probabilities[j][part] = pack<T>(kept[0], kept[1]);
-        }
+        take_probabilities<T, true>(probabilities[j], sum, s[2 * j], s[2 * j + 1], scale, shift, draws[j]);
       }
     }
 
@@ -236,17 +267,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, forward_blocks(D, MANY))
   }
 
   float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-    factor[half] = sum[half] > 0.f ? __fdividef(p.dropout.scale, sum[half]) : 0.f;
-    const int query = row + g + 8 * half;
-    if (t == 0 && query < span.q_len) {
-      lse[span.sums_begin(p, head) + query] =
-          sum[half] > 0.f ? (top[half] * scale + __log2f(sum[half])) / kLog2e : INFINITY;
-    }
-  }
+  finish_softmax(factor, sum, top, scale, lse, p, span, row, g, t, head);
 #pragma unroll
   for (int n = 0; n < D / 8; n += 4) {
     store_rows(out, span.q_begin + row, head, span.q_len - row, 8 * n, p.head_dim, o + n, factor[0], factor[1]);

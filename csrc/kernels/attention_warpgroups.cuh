@@ -132,15 +132,7 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup, (D <= 64 ? 4 : 2) / GROUPS
     await_products();
 
     // -inf where nothing is seen; the rows' new maxima
-    if (base + kKeys > least) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (base + 8 * n + 2 * t + c % 2 >= seen[c / 2]) s[n][c] = -INFINITY;
-        }
-      }
-    }
+    if (base + kKeys > least) hide(s, base, t, seen);
     float peak[2] = {top[0], top[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -171,18 +163,7 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup, (D <= 64 ? 4 : 2) / GROUPS
 #pragma unroll
     for (int j = 0; j < kKeys / kSlabStep; ++j) {
       const Draw draw = DROPOUT ? mask.draw_block(row / 16, base / 16 + j) : Draw{};
-#pragma unroll
-      for (int part = 0; part < 4; ++part) {  // half of the rows + 2 * half of the keys
-        const int half = part % 2;
-        float kept[2];
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float e = exp2_fast(fmaf(s[2 * j + part / 2][2 * half + c], scale, -shift[half]));
-          sum[half] += e;
-          kept[c] = !DROPOUT || draw.keeps(2 * part + c) ? e : 0.f;
-        }
-        probabilities[j][part] = pack<T>(kept[0], kept[1]);
-      }
+      take_probabilities<T, DROPOUT>(probabilities[j], sum, s[2 * j], s[2 * j + 1], scale, shift, draw);
     }
 
     // o += dropout(p) v
@@ -200,17 +181,7 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup, (D <= 64 ? 4 : 2) / GROUPS
   if (row >= span.q_len) return;
 
   float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-    factor[half] = sum[half] > 0.f ? __fdividef(p.dropout.scale, sum[half]) : 0.f;
-    const int query = row + g + 8 * half;
-    if (t == 0 && query < span.q_len) {
-      lse[span.sums_begin(p, head) + query] =
-          sum[half] > 0.f ? (top[half] * scale + __log2f(sum[half])) / kLog2e : INFINITY;
-    }
-  }
+  finish_softmax(factor, sum, top, scale, lse, p, span, row, g, t, head);
 #pragma unroll
   for (int w = 0; w < kWide; ++w) {
 #pragma unroll
