@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -142,8 +143,8 @@ class _LookedUpOnce:
 class Substitute:
     """A fairseq ``main`` in which models are loaded and searched by us."""
 
-    _generator = Generator
-    """What searches."""
+    _generator, _scorer = Generator, Scorer
+    """What searches, and what scores references."""
 
     def __init__(self, stock_main: Callable[[Any], Any], refused: Callable[[Any], list[str]],
                  reads_ahead: bool = False) -> None:
@@ -156,8 +157,8 @@ class Substitute:
         """``cfg`` is fairseq's configuration, or the arguments that it is made of."""
         from argparse import Namespace
 
-        from fairseq import checkpoint_utils
-        from fairseq.data import data_utils
+        from fairseq import checkpoint_utils, utils
+        from fairseq.data import Dictionary, data_utils
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
         self.called = True
@@ -171,7 +172,9 @@ class Substitute:
             raise GenerationError(f"{', '.join(wrong)}: not supported here, use fairseq's own command")
         self.options = options_of(self.cfg.generation)
         with mock.patch.object(checkpoint_utils, "load_model_ensemble", self._load), \
-                mock.patch.object(data_utils, "batch_by_size", with_the_last_batch(data_utils.batch_by_size)):
+                mock.patch.object(data_utils, "batch_by_size", with_the_last_batch(data_utils.batch_by_size)), \
+                mock.patch.object(utils, "move_to_cuda", stays_on_the_host), \
+                mock.patch.object(Dictionary, "string", of_numbers(Dictionary.string)):
             return self.stock_main(_LookedUpOnce(self.cfg), **kwargs)
 
     def _load(self, paths: Sequence[str], *, task: Any, **unused: Any) -> tuple[list[LoadedModel], Any]:
@@ -222,7 +225,7 @@ class Substitute:
             raise GenerationError("--refill is for search, and --score-reference does none")
         device = "cuda" if torch.cuda.is_available() and not self.cfg.common.cpu else "cpu"
         files, soft = [model.file for model in models], args.print_alignment == "soft"
-        self.search = (ReferenceScores(Scorer(files, device, dtype), self.options, soft) if args.score_reference
+        self.search = (ReferenceScores(self._scorer(files, device, dtype), self.options, soft) if args.score_reference
                        else Search(self._generator(files, device, dtype), self.options, soft))
         return self.search
 
@@ -236,6 +239,23 @@ def with_the_last_batch(stock: Callable[..., list[Any]]) -> Callable[..., list[A
         return [*batches, missing] if len(missing) else batches
 
     return batch_by_size
+
+
+def stays_on_the_host(sample: Any, device: Any = None) -> Any:
+    """In place of fairseq's move_to_cuda. Our search takes batches from the host; what fairseq prints of them it would
+    fetch back from the GPU word by word, each four times, which takes longer than to translate them."""
+    return sample
+
+
+def of_numbers(stock: Callable[..., str]) -> Callable[..., str]:
+    """``stock``, which is Dictionary.string, given a sentence's words as numbers: as tensors of one element each they
+    take eight times as long to look up."""
+    @functools.wraps(stock)
+    def string(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> str:
+        is_one = torch.is_tensor(tensor) and tensor.dim() == 1
+        return stock(self, tensor.tolist() if is_one else tensor, *args, **kwargs)
+
+    return string
 
 
 def _not_taken(cfg: Any) -> list[str]:

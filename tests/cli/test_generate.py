@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lightseq_fairseq import fairseq_compat
 from lightseq_fairseq.cli import export, generate, interactive
@@ -192,6 +194,42 @@ def test_dtype_is_taken(data_bin, checkpoint):
     assert len(ours(data_bin, "--path", checkpoint, *ALL, "--dtype", "int8")) == len(exact)
     status, _, errors = run_command(generate.main, data_bin, "--path", checkpoint, "--fp16", "--dtype", "bf16", *HERE)
     assert status == 2 and "bf16 and fp16 were all asked for" in errors
+
+
+@pytest.mark.parametrize("options", ["", "--prefix-size 2", "--score-reference", "--print-alignment"])
+def test_on_a_gpu_batches_stay_on_the_host(options, data_bin, checkpoint, monkeypatch):
+    """fairseq moves them, and then asks the GPU for each word that it prints. Its ``main`` takes this machine to have a
+    GPU here, where moving would fail, and ours searches on the CPU."""
+    arguments = (data_bin, "--path", checkpoint, *ALL, *options.split(), "--num-workers", "0")
+    expected = run_command(generate.main, *arguments, "--cpu")
+    for name in ("_generator", "_scorer"):
+        stock = getattr(generate.Substitute, name)
+        monkeypatch.setattr(generate.Substitute, name,
+                            staticmethod(lambda files, device, dtype, stock=stock: stock(files, "cpu", dtype)))
+    monkeypatch.setattr("fairseq_cli.generate.torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
+    found = run_command(generate.main, *arguments)
+    assert found[0] == expected[0] == 0, found[2]
+    assert_same_lines(found[1], expected[1])
+
+
+def test_sentences_are_looked_up_by_number_as_fairseq_looks_them_up():
+    fairseq_compat.import_fairseq()
+    from fairseq.data import Dictionary
+
+    words = Dictionary()
+    for index in range(50):
+        words.add_symbol(f"word{index}" + "@@" * (index % 3 == 0))
+    rows = torch.randint(0, len(words), (9, 12), generator=torch.Generator().manual_seed(5))
+    ours, asked = generate.of_numbers(Dictionary.string), []
+    for sentence in (*rows, rows[0].int(), rows[:3], rows[0, :0], rows[1].tolist()):
+        for options in ({}, {"bpe_symbol": "@@ "}, {"escape_unk": True, "extra_symbols_to_ignore": {2, 7}},
+                        {"include_eos": True, "unk_string": "?"}):
+            assert ours(words, sentence, **options) == Dictionary.string(words, sentence, **options)
+    with pytest.MonkeyPatch.context() as patch:  # stock asks a tensor, ours a number
+        patch.setattr(Dictionary, "__getitem__", lambda self, index: asked.append(type(index)) or "word")
+        ours(words, rows[0])
+    assert set(asked) == {int}
 
 
 @pytest.mark.parametrize("flag", ["--fp16", "--bf16"])
