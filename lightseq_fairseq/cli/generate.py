@@ -242,8 +242,8 @@ def with_the_last_batch(stock: Callable[..., list[Any]]) -> Callable[..., list[A
 
 
 def stays_on_the_host(sample: Any, device: Any = None) -> Any:
-    """In place of fairseq's move_to_cuda. Our search takes batches from the host; what fairseq prints of them it would
-    fetch back from the GPU word by word, each four times, which takes longer than to translate them."""
+    """In place of fairseq's move_to_cuda. Our search takes batches from the host, where fairseq prints them; from the
+    GPU it would fetch each word of a source several times, one at a time."""
     return sample
 
 
