@@ -25,6 +25,7 @@ from lightseq_fairseq.ops.decode_attention import (
     decode_cross_attention,
     decode_self_attention,
 )
+from lightseq_fairseq.ops.decode_head_map import decode_head_map
 from lightseq_fairseq.ops.decode_linear import MAX_ELEMENTS, MAX_ELEMENTS_AHEAD, serves
 from lightseq_fairseq.ops.linear import InferenceLinear, linear_to_logits
 
@@ -88,10 +89,9 @@ class _MemoryAttention:
 
     def __call__(self, q: Tensor, memory: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Queries (B, C) over memory (N, K) -> context (B, C), for ``out``."""
-        heads, dim, width = self.keys.shape
-        mapped, context = q.new_empty(q.size(0), heads, width), q.new_empty(q.size(0), heads, dim)
-        torch.bmm(q.view(context.shape).transpose(0, 1), self.keys, out=mapped.transpose(0, 1))
-        mapped = decode_memory_attention.decode_memory_attention(mapped, memory, cu_seqlens)
+        heads, dim, _ = self.keys.shape
+        context = q.new_empty(q.size(0), heads, dim)
+        mapped = decode_memory_attention.decode_memory_attention(decode_head_map(q, self.keys), memory, cu_seqlens)
         torch.bmm(mapped.transpose(0, 1), self.values, out=context.transpose(0, 1))
         return context.flatten(1)
 
