@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import logging
 import random
@@ -108,8 +107,9 @@ class LightSeq:
         self.options = GenerationOptions(beam=args.beam, max_len_b=args.length, min_len=args.length)
 
     def __call__(self, batch: list[list[int]]) -> int:
-        sources = torch.tensor(list(itertools.chain.from_iterable(batch))).split([len(sentence) for sentence in batch])
-        found = self.generator.generate(sources, self.options)
+        from lightseq_fairseq.generator.generator import sentences_of
+
+        found = self.generator.generate(sentences_of(batch), self.options)
         return sum(len(hypotheses[0].tokens) for hypotheses in found)
 
 
