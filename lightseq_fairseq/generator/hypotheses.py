@@ -247,14 +247,18 @@ def _follow_back(pool: Pool, record: list[Array]) -> tuple[Sequence[Tensor], Seq
     which is meaningless after the last step."""
     _, _, _, tokens, parents, scores = (column.reshape(len(column), -1) for column in record)  # (T, B * K) each
     count, beam = int(pool.steps.max(initial=-1)) + 1, record[0].shape[2]
-    path, slots = np.zeros((2, count, pool.steps.size), np.int64)  # of the steps: beams before them and rows behind
-    first, beams = pool.sentences * beam, pool.beams
+    first = pool.sentences * beam
+    slots = np.empty((count, pool.steps.size), np.int64)  # of each step the row behind it
+    rows = first + pool.beams
     if beam == 1:
         slots[:] = first
     else:
+        before = parents[:count] + np.arange(parents.shape[1]) // beam * beam  # rows, too
+        last = int(pool.steps.min(initial=count))  # up to which all hypotheses go
         for step in reversed(range(count)):
-            slots[step] = rows = first + beams
-            path[step] = beams = np.where(pool.steps > step, parents[step].take(rows), beams)
+            slots[step] = rows
+            back = before[step].take(rows)
+            rows = back if step < last else np.where(pool.steps > step, back, rows)
     found = np.take_along_axis(tokens[:count], slots, 1).astype(np.int64)
     totals = np.take_along_axis(scores[:count], slots, 1)
     ends = np.arange(pool.steps.size)
@@ -263,7 +267,7 @@ def _follow_back(pool: Pool, record: list[Array]) -> tuple[Sequence[Tensor], Seq
         totals[1:] -= totals[:-1].copy()
     real, lengths = np.arange(count) <= pool.steps[:, None], (pool.steps + 1).tolist()
     ours, theirs = (torch.split(torch.from_numpy(column.T[real]), lengths) for column in (found, totals))
-    return ours, theirs, path.T
+    return ours, theirs, (np.concatenate((rows[None], slots[:-1]))[:count] - first).T
 
 
 def align(attention: Tensor, source_words: Tensor, target_words: Tensor) -> list[tuple[int, int]]:
