@@ -120,5 +120,16 @@ __device__ void clear_rows(const Heads<T>& x, int first, int count, int head, in
   }
 }
 
+// Whether a block has queries, rows from `first` on of its sentence. Of rows that belong to no sentence the first block
+// clears those of x.
+template <typename T>
+__device__ __forceinline__ bool has_queries(const Heads<T>& x, const Span& span, int first, int head, int head_dim) {
+  if (!span.real) {
+    if (first == 0) clear_rows(x, span.q_begin, span.q_len, head, head_dim);
+    return false;
+  }
+  return first < span.q_len;
+}
+
 }  // namespace attention
 }  // namespace lightseq

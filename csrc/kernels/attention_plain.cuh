@@ -118,12 +118,8 @@ __global__ void __launch_bounds__(kStep* kWarp)
   wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
-  if (!span.real) {
-    if (blockIdx.z == 0) clear_rows(out, span.q_begin, span.q_len, head, p.head_dim);
-    return;
-  }
   const int rows = ROWS * kStep, first = blockIdx.z * rows;
-  if (first >= span.q_len) return;
+  if (!has_queries(out, span, first, head, p.head_dim)) return;
   const PlainTiles<A> tile(shared, rows, p.head_dim);
   tile.copy(tile.own[0], p.head_dim, q, span.q_begin + first, head, rows, span.q_len - first);
 
@@ -176,12 +172,8 @@ __global__ void __launch_bounds__(kStep* kWarp)
   wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
-  if (!span.real) {
-    if (blockIdx.z == 0) clear_rows(dq, span.q_begin, span.q_len, head, p.head_dim);
-    return;
-  }
   const int rows = ROWS * kStep, first = blockIdx.z * rows;
-  if (first >= span.q_len) return;
+  if (!has_queries(dq, span, first, head, p.head_dim)) return;
   const PlainTiles<A> tile(shared, rows, p.head_dim);
   tile.copy(tile.own[0], p.head_dim, q, span.q_begin + first, head, rows, span.q_len - first);
   tile.copy(tile.own[1], p.head_dim, dout, span.q_begin + first, head, rows, span.q_len - first);

@@ -143,11 +143,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, forward_blocks(D, MANY))
   wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
-  if (!span.real) {
-    if (first == 0) clear_rows(out, span.q_begin, span.q_len, head, p.head_dim);
-    return;
-  }
-  if (first >= span.q_len) return;
+  if (!has_queries(out, span, first, head, p.head_dim)) return;
 
   // Shared memory, and the first tiles on their way into it
   T* const k_tiles = reinterpret_cast<T*>(shared);

@@ -77,11 +77,7 @@ __global__ void __launch_bounds__(GROUPS* kWarpgroup, (D <= 64 ? 4 : 2) / GROUPS
   wait_for_previous();
   const ProbabilityMask mask(p.dropout, sentence, head);
   const Span span(p, sentence);
-  if (!span.real) {
-    if (first == 0) clear_rows(out, span.q_begin, span.q_len, head, p.head_dim);
-    return;
-  }
-  if (first >= span.q_len) return;
+  if (!has_queries(out, span, first, head, p.head_dim)) return;
 
   const int keys = span.visible(min(first + GROUPS * kGroupRows, span.q_len) - 1);
   const int tiles = (keys + kKeys - 1) / kKeys;

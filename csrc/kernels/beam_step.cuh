@@ -521,7 +521,8 @@ __global__ void __launch_bounds__(kThreads)
 // ----------------------------------------------------------------------------------------------------------------
 // kernel launchers
 
-// Two tiles a lane where there are many (512 rows of 28 672 types on an H200: 12.3 us, 15.4 of one tile each).
+// Two tiles for the lanes of one where there are many (over and over on an H200, 512 rows of 28 672 types: 11.8 us
+// instead of 13.8, but 32 rows 2.4 instead of 2.1).
 template <typename T>
 void token_statistics(float2* statistics, const T* logits, const Settings* settings, int rows, int beam,
                       const Types& types, cudaStream_t stream) {
